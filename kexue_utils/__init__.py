@@ -1,0 +1,1 @@
+"""Implementations and checks behind *Derivations that run*."""

@@ -1,0 +1,1 @@
+"""Chapters on attention as probability, compression and recurrence."""
