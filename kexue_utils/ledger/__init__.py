@@ -1,0 +1,19 @@
+"""A ledger of equations: every numbered equation has a check, and every check is itself tested by mutation.
+
+In a notebook ``from kexue_utils.ledger import check``; after executing, ``python -m kexue_utils.ledger collect``; in the
+book the extension ``kexue_utils.ledger.sphinx``. Names load on first use: rendering a book needs neither numpy nor sympy.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "check": "examine", "cited": "examine", "packages": "examine",
+    "LedgerError": "errors", "Mean": "kinds", "Slope": "kinds",
+}  # fmt: skip
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
