@@ -1,0 +1,39 @@
+"""Settings of every test: the kernels' environment, repeatable properties, and the book, built once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+from tools.notebooks import KERNEL_ENV
+
+ROOT = Path(__file__).parent
+
+# nbval's kernels inherit it; set before anything imports torch or numpy.
+os.environ.update(KERNEL_ENV)
+
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
+
+# --nbval is meant for notebooks/, not for those that a test keeps as examples.
+collect_ignore_glob = ["tests/*.ipynb"]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def book_html(root) -> Path:
+    """`_build/html`, built from nothing with every warning an error."""
+    built = subprocess.run(
+        [sys.executable, "-m", "tools.book", "--fresh"], cwd=root, capture_output=True, text=True, timeout=600
+    )
+    if built.returncode:
+        pytest.fail(f"the book does not build:\n{built.stdout[-4000:]}\n{built.stderr[-4000:]}", pytrace=False)
+    return root / "_build" / "html"

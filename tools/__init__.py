@@ -1,0 +1,1 @@
+"""What `make` calls: text to notebook, notebook to page, the repository's address."""
