@@ -33,7 +33,7 @@ def main(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("collect", help="write the register from the executed notebooks")
     one.add_argument("--notebooks", type=Path, default="notebooks", metavar="DIR")
-    one.add_argument("--accept", default="", metavar="LABEL,…", help="equations whose change the old check still upholds")
+    one.add_argument("--accept", default="", metavar="LABEL,…", help="equations that their old check still upholds")
     one.add_argument("--check", action="store_true", help="write nothing; fail if the register would change")
     for command in (one, commands.add_parser("status", help="sum the register up")):
         command.add_argument("--out", type=Path, default="book/ledger.json", metavar="FILE")

@@ -85,7 +85,7 @@ def _cells(path, where):
             if bundle is not None:
                 fault = _fault(bundle)
                 if fault:
-                    problems.append(f"{what}: the check's record is malformed ({fault}); run `make notebooks`")
+                    problems.append(f"{what}: malformed record of a check: {fault}; run `make notebooks`")
                 else:
                     bundles.append(bundle)
     return texts, bundles, problems
@@ -166,19 +166,18 @@ def _reasons(ledger, found):
         for key, reason in bundle["same"].items():
             if key in bundle["mutants"]:
                 if bundle["mutants"][key] != "survived":
-                    problems.append(f"{where}: {label}: reason for {key!r}, which its check rejects; delete the reason")
+                    problems.append(f"{where}: {label}: reason for {key!r}, which does not survive; delete it")
                 continue
             short, _, mutant = key.partition(": ")
-            names = [name for name in check["of"] if f".{name}".endswith(f".{short}")]
-            seen = next((ledger["functions"][name][mutant] for name in names if mutant in ledger["functions"][name]), None)
-            if seen is None:
-                if not bundle.get("subset"):  # of a subset, the others may be explained all the same
-                    problems.append(f"{where}: {label}: reason for {key!r}, but there is no such mutant; delete the reason")
-            elif seen["rejected_by"]:
-                problems.append(f"{where}: {label}: reason for {key!r}, which the check of {seen['rejected_by'][0]} "
-                                "rejects; delete the reason")  # fmt: skip
-            else:
+            functions = [ledger["functions"][name] for name in check["of"] if f".{name}".endswith(f".{short}")]
+            seen = next((mutants[mutant] for mutants in functions if mutant in mutants), None)
+            if seen and seen["rejected_by"]:
+                other = seen["rejected_by"][0]
+                problems.append(f"{where}: {label}: reason for {key!r}, which the check of {other} rejects; delete it")
+            elif seen and seen["survives"]:
                 seen["reason"] = reason
+            elif not bundle.get("subset"):  # of a subset, the others may be explained all the same
+                problems.append(f"{where}: {label}: reason for {key!r}, but no such mutant survives; delete it")
     return problems
 
 

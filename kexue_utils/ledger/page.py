@@ -10,18 +10,19 @@ from . import register
 # Where an equation is on the page: its link, its number in words "(3.2)", the link and title of its chapter.
 Place = namedtuple("Place", "href number chapter_href chapter")
 
-WORDS = {"good": ("✓", "checked"), "warn": ("!", "needs attention"), "bad": ("✗", "not upheld"), "cited": ("○", "cited")}
+# The icon of a tone, and what it says to someone who doesn't see it.
+TONES = {"good": ("✓", "checked"), "warn": ("!", "doubtful"), "bad": ("✗", "not upheld"), "cited": ("○", "cited")}
 
 
 class Page:
     """Builds every part of one page from the register.
 
     ledger: the register; places: {label: Place} in the order of reading; troubles: {label: words} of the equations
-    that something is wrong with; rows: {label: link to its row in the ledger's table}.
+    that something is wrong with; home: link to the page with the ledger's table, or None.
     """
 
-    def __init__(self, ledger, places, troubles, rows):
-        self.ledger, self.places, self.troubles, self.rows = ledger, places, troubles, rows
+    def __init__(self, ledger, places, troubles, home):
+        self.ledger, self.places, self.troubles, self.home = ledger, places, troubles, home
         self.labels = [*places, *sorted(ledger["equations"].keys() - places.keys())]
 
     def check(self, label):
@@ -50,21 +51,20 @@ class Page:
             text += f" · {rejected}/{counted} mutants"
         title = register.KINDS.get(word, word)
         inner = (
-            f'<span aria-hidden="true">{WORDS[tone][0]}</span> <span class="ledger-aside">Equation {escape(label)}, '
-            f"{WORDS[tone][1]}: </span>{escape(text)}"
+            f'<span aria-hidden="true">{TONES[tone][0]}</span> <span class="ledger-aside">Equation {escape(label)}, '
+            f"{TONES[tone][1]}: </span>{escape(text)}"
         )
         kind = f'class="ledger-badge ledger-{tone}" title="{escape(title)}"'
-        row = self.rows.get(label)
-        return f'<a {kind} href="{escape(row)}">{inner}</a>' if row else f"<span {kind}>{inner}</span>"
+        if self.home is None:
+            return f"<span {kind}>{inner}</span>"
+        return f'<a {kind} href="{escape(self.home)}#{row_id(label)}">{inner}</a>'
 
     def coverage(self, labels=None):
         """One sentence: how many of the numbered equations are checked."""
         labels = self.labels if labels is None else labels
         number = len(register.covered(self.ledger).intersection(labels))
-        return (
-            f'<p class="ledger-coverage">Coverage {number}/{len(labels)}: '
-            f"{_share(number, len(labels))} of the numbered equations {'here ' if self.rows else ''}are upheld by a check."
-        )
+        name = "Coverage" if self.home is None else f'<a href="{escape(self.home) or "#"}">Ledger</a>: coverage'
+        return f'<p class="ledger-coverage">{name} {number}/{len(labels)} numbered equations upheld by a check.</p>'
 
     def summary(self):
         checks = register.checks(self.ledger)
@@ -82,15 +82,20 @@ class Page:
             f'<div class="ledger-tile"><span>{name}</span><strong>{a}/{b}</strong><span>{words}</span></div>'
             for name, a, b, words in facts
         )
-        rows = [[_word(kind), str(kinds[kind]), escape(KIND)] for kind, KIND in register.KINDS.items() if kinds[kind]]
-        return f'<div class="ledger-tiles">{tiles}</div>' + _table("Kinds of check", ["Kind", "Equations", "Means"], rows)
+        rows = [
+            [f"<strong>{kind}</strong>", str(kinds[kind]), escape(words)]
+            for kind, words in register.KINDS.items()
+            if kinds[kind]
+        ]
+        table = _table("Kinds of check", ["Kind", "Equations", "Means"], rows)
+        return f'<div class="ledger-tiles">{tiles}</div>{table}'
 
     def table(self):
         rows = []
         for label in self.labels:
             check = self.check(label) or {}
             tone, word = self.state(label)
-            kind = f'<span class="ledger-{tone}"><span aria-hidden="true">{WORDS[tone][0]}</span> {escape(word)}</span>'
+            kind = f'<span class="ledger-{tone}"><span aria-hidden="true">{TONES[tone][0]}</span> {escape(word)}</span>'
             rejected, counted = register.score(check.get("mutants", {}).values())
             scores = [f"{rejected}/{counted}"] if counted else []
             for function in check.get("of", []):
@@ -184,17 +189,18 @@ class Page:
             for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
                 d += f"H{to_x}" if y == to_y else f"C{(x + to_x) / 2:g} {y} {(x + to_x) / 2:g} {to_y} {to_x} {to_y}"
             paths.append(f'<path d="{d}"/>')
+        tone = {label: "ledger-solid" if label in solid else "ledger-open" for label in uses}
         nodes = [
-            f'<a href="{escape(self.places[label].href)}" class="{"ledger-solid" if label in solid else "ledger-open"}">'
+            f'<a href="{escape(self.places[label].href)}" class="{tone[label]}">'
             f"<title>{escape(label)}: {escape(self.state(label)[1])}</title>"
             f'<rect x="{x}" y="{y - 14}" width="{w}" height="28" rx="5"/>'
             f'<text x="{x + w / 2:g}" y="{y + 4.5:g}">{escape(text[label])}</text></a>'
             for label, (x, y, w) in boxes.items()
         ]
+        words = f"What each equation of “{escape(title)}” rests on"
         return (
-            f'<div class="ledger-graph" tabindex="0" role="region" aria-label="Graph: {escape(title)}">'
-            f'<svg width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="group" '
-            f'aria-label="What each equation of “{escape(title)}” rests on">{"".join(paths)}{"".join(nodes)}</svg></div>'
+            f'<div class="ledger-graph" tabindex="0" role="region" aria-label="{words}"><svg width="{width}" '
+            f'height="{height}" viewBox="0 0 {width} {height}">{"".join(paths)}{"".join(nodes)}</svg></div>'
         )
 
 
@@ -259,20 +265,11 @@ def layout(uses, width, gap=46, pitch=38):
     return {n: boxes[n] for n in uses}, lines, x - gap + 8, round(max(y.values()) - top + 20)
 
 
-def _share(part, whole):
-    return f"{100 * part // whole} %" if whole else "none"
-
-
-def _word(kind):
-    return f"<strong>{kind}</strong>"
-
-
 def _table(caption, head, rows, ids=None):
     head = "".join(f'<th scope="col">{name}</th>' for name in head)
     ids = [f' id="{name}"' for name in ids] if ids else [""] * len(rows)
-    body = "".join(
-        f"<tr{name}>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for name, row in zip(ids, rows, strict=True)
-    )
+    cells = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    body = "".join(f"<tr{name}>{row}</tr>" for name, row in zip(ids, cells, strict=True))
     return (
         f'<div class="ledger-table" tabindex="0" role="region" aria-label="{caption}"><table class="table">'
         f"<caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"

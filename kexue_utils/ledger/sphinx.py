@@ -15,7 +15,7 @@ from sphinx.util.docutils import SphinxDirective
 
 from . import register
 from .digest import code_digest, fingerprint
-from .page import Page, Place, row_id
+from .page import Page, Place
 
 logger = logging.getLogger(__name__)
 PARTS = ("summary", "table", "functions", "survivors", "graph", "found", "coverage")
@@ -96,83 +96,65 @@ def _source(app, path):
 
 
 def _problems(app, env):
-    """(where, label or None, subtype, short word, message) of everything that the ledger can't vouch for."""
+    """(labels, word, message) of everything that the ledger can't vouch for; the first label is where it stands."""
     ledger, checks = app.ledger, register.checks(app.ledger)
-    where, shown = {}, set()
-    for docname, (found, _) in _on_pages(env).items():
-        for label, line, print_ in found:
-            where[label] = (docname, line)
-            entry = ledger["equations"].get(label)
-            if entry and print_ != entry["fingerprint"]:
-                yield where[label], label, "stale", "stale", (
-                    f"equation {label} is stale: its LaTeX is not the one that was checked; run `make notebooks` and "
-                    "`make ledger`"
-                )  # fmt: skip
-            if label not in checks and label not in shown:
-                yield where[label], label, "unchecked", "unchecked", (
-                    f"equation {label} is unchecked: no check upholds it; write one under it, or take the number away"
-                )
-            shown.add(label)
-    at = {label: where.get(label) for label in ledger["equations"]}
+    shown = {label: mark for found, _ in _on_pages(env).values() for label, _, mark in found}
+    for label, mark in shown.items():
+        entry = ledger["equations"].get(label)
+        if label not in checks:
+            yield [label], "unchecked", "no check upholds it; write one under it, or take the number away"
+        elif mark != entry["fingerprint"]:
+            yield [label], "stale", "its LaTeX is not the one that was checked; run `make notebooks` and `make ledger`"
     for label in sorted(ledger["equations"].keys() - shown):
-        yield None, label, "dangling", "dangling", (
-            f"{ledger['equations'][label]['chapter']}: equation {label} is dangling: it is in the ledger but on no page; "
-            "run `make ledger`, or put its notebook into the table of contents"
+        home = ledger["equations"][label]["chapter"]
+        yield (
+            [label],
+            "dangling",
+            f"the ledger has it from {home}, but it is on no page; run `make ledger`, or put the notebook into the "
+            "table of contents",
         )
-    for label, check in sorted(checks.items()):
+    for label, check in checks.items():
         if check["state"] not in ("holds", "cited"):
-            yield at[label], label, "failed", "failed", (
-                f"equation {label} failed: its check says {check['state']!r}; correct the equation or the check"
-            )
-    ran = {}
-    for label, check in sorted(checks.items()):
-        for path, digest in check["ran"].items():
-            ran.setdefault(path, []).append((label, digest))
-    for path, users in sorted(ran.items()):
+            yield [label], "failed", f"its check says {check['state']!r}; correct the equation or the check"
+    for path in sorted({path for check in checks.values() for path in check["ran"]}):
         text = _source(app, path)
-        now = text and code_digest(text)
-        stale = [label for label, digest in users if digest != now]
+        now = None if text is None else code_digest(text)
+        stale = [label for label, check in checks.items() if check["ran"].get(path, now) != now]
         if stale:
-            why = "has changed since its checks ran" if text is not None else "was run by checks and is not to be found"
-            for label in stale:
-                yield None, label, None, "stale", None
-            yield at[stale[0]], stale[0], "stale", "stale", (
-                f"{path} {why}: {', '.join(stale)} stale; run `make notebooks` and `make ledger`"
-            )
+            why = f"{path} " + ("is not to be found" if text is None else "has changed since its check ran")
+            yield stale, "stale", f"{why}; stale are {', '.join(stale)}: run `make notebooks` and `make ledger`"
     for label, function in register.blind(ledger):
-        yield at[label], label, "blind", "blind", (
-            f"equation {label} is blind: its check names {function} and rejects none of its mutants; "
-            "draw inputs at which a mistake in it shows, or don't name it"
+        yield (
+            [label],
+            "blind",
+            f"its check names {function} and rejects none of its mutants; draw inputs at which a mistake in it shows",
         )
     for labels, function, mutant, reason in register.survivors(ledger):
         if not reason:
-            for label in labels[1:]:
-                yield None, label, None, "survivor", None
-            yield at[labels[0]], labels[0], "survivor", "survivor", (
-                f"equation {labels[0]}: the mutant {mutant!r}{f' of {function}' if function else ''} survives without a "
-                "reason; sharpen the check, or say in `same` why it is no error"
-            )
+            whose = f"the mutant {mutant!r}" + (f" of {function}" if function else "")
+            yield labels, "survivor", f"{whose} survives without a reason; sharpen the check, or say why in `same`"
     uses = register.rests_on(ledger)
     circle = register.cycle(uses)
     if circle:
-        yield at[circle[0]], circle[0], "cycle", "circular", f"the derivation goes in a circle: {' uses '.join(circle)}"
-    for label, others in sorted(uses.items()):
+        yield circle, "circular", f"it rests on itself: {' uses '.join(circle)}; take one of these uses away"
+    for label, others in uses.items():
         for other in sorted(set(others) - uses.keys()):
-            yield at[label], label, "dangling", "dangling use", f"equation {label} uses {other}, which is not in the ledger"
+            yield [label], "dangling", f"it uses {other}, which no equation is called; correct the name in `uses`"
 
 
 def _updated(app, env):
     """Warns on every build, also one that reads nothing anew, and has the pages written again if the ledger changed."""
-    file = app.config.ledger_file
+    file, pages = app.config.ledger_file, _on_pages(env)
     if not Path(app.srcdir, file).exists():
         logger.warning("there is no %s; run `make ledger`", file, type="ledger", subtype="missing")
+    where = {label: (docname, line) for docname, (found, _) in pages.items() for label, line, _ in found}
     app.ledger_troubles = {}
-    for place, label, subtype, word, message in _problems(app, env):
-        app.ledger_troubles.setdefault(label, word)
-        if message:
-            logger.warning("%s", message, location=place, type="ledger", subtype=subtype)
-    pages = _on_pages(env)
-    state = (register.dump(app.ledger), sorted(app.ledger_troubles.items()), sorted(pages.items(), key=lambda p: p[0]))
+    for labels, word, message in _problems(app, env):
+        for label in labels:
+            app.ledger_troubles.setdefault(label, word)
+        place = where.get(labels[0])
+        logger.warning("equation %s: %s: %s", labels[0], word, message, location=place, type="ledger", subtype=word)
+    state = (app.ledger, app.ledger_troubles, dict(pages))
     if state != getattr(env, "ledger_state", None):
         env.ledger_state = state
         return list(pages)
@@ -194,11 +176,8 @@ def _page(app, docname):
             if ref is not None:
                 href = ref.get("refuri") or "#" + ref["refid"]
                 places[label] = Place(href, ref.astext(), chapter, title)
-    rows = {}
-    if table is not None:
-        base = app.builder.get_relative_uri(docname, table)
-        rows = {label: f"{base}#{row_id(label)}" for label in [*places, *app.ledger["equations"]]}
-    return Page(app.ledger, places, app.ledger_troubles, rows)
+    home = None if table is None else app.builder.get_relative_uri(docname, table)
+    return Page(app.ledger, places, app.ledger_troubles, home)
 
 
 def _resolve(app, doctree, docname):
