@@ -53,14 +53,12 @@ class Watch:
         code = frame.f_code
         if not self.watched(code):
             return None
-        sampler = any(isinstance(value, np.random.Generator) for value in frame.f_locals.values())  # it makes inputs
-        if not self.within_check(code) and code not in self.direct and not sampler:
-            caller = frame.f_back
-            while caller is not None and not self.watched(caller.f_code):
-                if caller.f_code.co_filename.startswith(HERE):  # the runner itself
-                    break
+        if not self.within_check(code) and code not in self.direct:
+            caller, sampler = frame.f_back, takes_generator(frame)
+            while caller is not None and not self.watched(caller.f_code) and not caller.f_code.co_filename.startswith(HERE):
+                sampler = sampler or takes_generator(caller)
                 caller = caller.f_back
-            if caller is not None and self.within_check(caller.f_code):
+            if caller is not None and self.within_check(caller.f_code) and not sampler:
                 self.direct[code] = frame.f_globals.get("__name__", "?")
         lines = self.lines.setdefault(code.co_filename, set())
 
@@ -83,6 +81,11 @@ class Watch:
             yield
         finally:
             sys.settrace(before)
+
+
+def takes_generator(frame):
+    """A function that is handed the random generator makes inputs; a check need not name it."""
+    return any(isinstance(value, np.random.Generator) for value in frame.f_locals.values())
 
 
 class Trial:
