@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 # Blue, vermilion, green, purple, brown, grey: after Okabe and Ito, darkened until a line on white has contrast 3.
 # Line styles differ as well, so that no figure depends on colour alone.
-PALETTE = ("#00619e", "#c8500a", "#00845f", "#a8438a", "#7a5c00", "#5c6670")
+PALETTE = ("#0060c0", "#c8500a", "#008a50", "#a8438a", "#7a5c00", "#5c6670")
 INK = "#24292f"
 
 STYLE = {

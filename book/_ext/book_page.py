@@ -55,6 +55,13 @@ def words_of(svg: Path) -> tuple[str, str]:
     return tuple((root.findtext(SVG + tag) or "").strip() for tag in ("title", "desc"))
 
 
+def bundle(node):
+    """The output of a cell that `node` belongs to, as myst-nb nests it; None outside of outputs."""
+    while node is not None and node.get("nb_element") != "mime_bundle":
+        node = node.parent
+    return node
+
+
 def give_figures_their_words(app, doctree):
     """`kexue_utils.figures.show` writes alternative text and caption into the SVG and prints the caption under it.
 
@@ -67,18 +74,41 @@ def give_figures_their_words(app, doctree):
         alt, caption = words_of(path)
         if alt and not image.get("alt"):
             image["alt"] = alt
-        if not caption or isinstance(image.parent, nodes.figure):
+        output = bundle(image)
+        if not caption or output is None:
             continue
-        parent, at = image.parent, image.parent.index(image)
-        printed = parent[at + 1] if at + 1 < len(parent) else None
-        if isinstance(printed, nodes.literal_block) and printed.astext().strip() == caption:
-            parent.remove(printed)
+        printed = output.next_node(descend=False, siblings=True)
+        if printed is not None and printed.astext().strip() == caption:
+            printed.parent.remove(printed)
         figure = nodes.figure("", image.deepcopy(), nodes.caption("", "", *inline(caption)), align="center")
         doctree.set_id(figure)
-        parent[at] = figure
+        image.parent[image.parent.index(image)] = figure
+
+
+def mark_checks(app, doctree):
+    """Classes for the style sheet: `check-stamp` on what a check printed, `check-cell` on the cell that it stands in."""
+    for block in doctree.findall(nodes.literal_block):
+        if bundle(block) is not None and block.astext().startswith(("✓ ", "○ ")):
+            block["classes"].append("check-stamp")
+            cell = block
+            while cell.get("nb_element") != "cell_code":
+                cell = cell.parent
+            if "check-cell" not in cell["classes"]:
+                cell["classes"].append("check-cell")
+
+
+def drop_thebe(app):
+    """Jupyter Book always loads sphinx_thebe, whose scripts name an address outside of the site. Nothing here uses it."""
+    for listeners in list(app.events.listeners.values()):
+        for listener in list(listeners):
+            if listener.handler.__module__ == "sphinx_thebe":
+                app.disconnect(listener.id)
+    app.registry.css_files[:] = [file for file in app.registry.css_files if file[0] != "sphinx-thebe.css"]
 
 
 def setup(app):
     languages[SearchEnglishChinese.lang] = SearchEnglishChinese
+    drop_thebe(app)
+    app.connect("doctree-read", mark_checks)
     app.connect("doctree-read", give_figures_their_words, priority=400)  # before Sphinx numbers the figures
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
