@@ -48,7 +48,10 @@ def shown(bundle):
 
 def equation(label, latex="a = b", **changes):
     """Two cells: the equation, and its check's."""
-    return [text(f"$$\n{latex}\n$$ ({label})"), code(f'@check("{label}")\ndef f(rng): ...', shown(record(label, **changes)))]
+    return [
+        text(f"$$\n{latex}\n$$ ({label})"),
+        code(f'@check("{label}")\ndef f(rng): ...', shown(record(label, **changes))),
+    ]
 
 
 def write_notebook(path, *cells):
@@ -85,7 +88,17 @@ def build(folder, *options, builder="html"):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = build_main(
-            ["-b", builder, "-nW", "--keep-going", "-q", "--no-color", *options, str(folder), str(folder / "_build" / "html")]
+            [
+                "-b",
+                builder,
+                "-nW",
+                "--keep-going",
+                "-q",
+                "--no-color",
+                *options,
+                str(folder),
+                str(folder / "_build" / "html"),
+            ]
         )
     return status, err.getvalue()
 

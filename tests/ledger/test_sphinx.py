@@ -90,7 +90,12 @@ def test_graph_is_solid_only_on_checked_ground(sound):
     page = html(sound, "ledger")
     nodes = re.findall(r'<a href="[^"]+" class="(ledger-\w+)"><title>([\w-]+)', page)
     assert {label for kind, label in nodes if kind == "ledger-open"} == {"two-cited", "two-rest"}
-    assert {label for kind, label in nodes if kind == "ledger-solid"} == {"one-start", "one-half", "one-third", "two-top"}
+    assert {label for kind, label in nodes if kind == "ledger-solid"} == {
+        "one-start",
+        "one-half",
+        "one-third",
+        "two-top",
+    }
     for alternative in ("one-third rests on", "two-top rests on"):
         assert alternative in words(page)
 
