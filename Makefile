@@ -7,7 +7,8 @@ PORT ?= 8000
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-INPUTS := $(shell find _config.yml _toc.yml book notebooks kexue_utils tools \
+# What is in the folders, not the folders: they are called like targets.
+INPUTS := $(shell find _config.yml _toc.yml book/* notebooks/* kexue_utils/* tools/* \
 	\( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -o -print 2>/dev/null)
 
 .DEFAULT_GOAL := help

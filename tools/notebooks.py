@@ -153,15 +153,18 @@ def execute(root: Path, chapter: str) -> NotebookNode:
 
 def _failure(path: Path, notebook: NotebookNode, lines: list[int], error: Exception) -> str:
     """What failed, where in the text, and the last lines of what Python said."""
-    for number, cell in enumerate(notebook.cells):
-        errors = [output for output in cell.get("outputs", ()) if output.output_type == "error"]
+    # A kernel that died or hung leaves no error output; then the last cell that it began is to blame.
+    number, said = 0, (str(error).strip() or type(error).__name__).splitlines()[:TRACEBACK_LINES]
+    for place, cell in enumerate(notebook.cells):
+        if cell.cell_type != "code":
+            continue
+        errors = [output for output in cell.outputs if output.output_type == "error"]
         if errors:
-            said = ANSI.sub("", "\n".join(errors[0].traceback)).rstrip().splitlines()[-TRACEBACK_LINES:]
+            number, said = place, ANSI.sub("", "\n".join(errors[0].traceback)).rstrip().splitlines()[-TRACEBACK_LINES:]
             break
-    else:  # a kernel that died or hung leaves no error output; the last cell that it began is to blame
-        begun = [i for i, cell in enumerate(notebook.cells) if cell.cell_type == "code" and cell.execution_count]
-        number = begun[-1] if begun else 0
-        said = (str(error).strip() or type(error).__name__).splitlines()[:TRACEBACK_LINES]
+        number = place
+        if cell.execution_count is None:
+            break
     return "\n".join([f"{path}:{lines[number]}: cell {number} failed", *(f"  {line}" for line in said)])
 
 
@@ -207,9 +210,9 @@ def lint(notebook: NotebookNode, path: Path) -> Iterator[str]:
         if cell.cell_type == "code":
             if cell.execution_count is None:
                 yield f"{where} was never executed; run make notebooks"
-            marks = [mark for mark in (*cell.source.splitlines(), *cell.metadata.get("tags", ())) if NBVAL_MARK.search(mark)]
-            if marks:
-                yield f"{where} asks not to be checked: {marks[0].strip()}"
+            for mark in (*cell.source.splitlines(), *cell.metadata.get("tags", ())):
+                if NBVAL_MARK.search(mark):
+                    yield f"{where} asks not to be checked: {mark.strip()}"
             texts = []  # code is escaped on the page, so only what it says in public counts
             for output in cell.outputs:
                 yield from _lint_output(output, where)
