@@ -97,7 +97,7 @@ def mark_checks(app, doctree):
                 cell["classes"].append("check-cell")
 
 
-def drop_thebe(app):
+def drop_thebe(app, config):
     """Jupyter Book always loads sphinx_thebe, whose scripts name an address outside of the site. Nothing here uses it."""
     for listeners in list(app.events.listeners.values()):
         for listener in list(listeners):
@@ -108,7 +108,7 @@ def drop_thebe(app):
 
 def setup(app):
     languages[SearchEnglishChinese.lang] = SearchEnglishChinese
-    drop_thebe(app)
+    app.connect("config-inited", drop_thebe)
     app.connect("doctree-read", mark_checks)
     app.connect("doctree-read", give_figures_their_words, priority=400)  # before Sphinx numbers the figures
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -144,7 +144,7 @@ def test_lines_and_ink_stand_out_on_the_page_in_both_themes():
         high, low = sorted((luminance(a), luminance(b)), reverse=True)
         return (high + 0.05) / (low + 0.05)
 
-    white, page = linear("#ffffff"), linear("#14181e")
+    white, page = linear("#ffffff"), linear("#121212")
     for colour, needed in [*((colour, 3) for colour in figures.PALETTE), (figures.INK, 7)]:
         assert contrast(linear(colour), white) >= needed
         # In the dark theme: invert, then turn the hue by 180° (the matrix of CSS hue-rotate), then screen on the page.
