@@ -159,7 +159,7 @@ class Page:
             for other in [other for others in linked.values() for other in others]:
                 linked.setdefault(other, [])
             alone = [label for label in members if label not in linked]
-            parts.append(f'<h3><a href="{escape(href)}">{escape(title)}</a></h3>')
+            parts.append(f'<p class="ledger-chapter"><a href="{escape(href) or "#"}">{escape(title)}</a></p>')
             if linked:
                 words = "".join(
                     f"<li>{self.eq(label)} rests on {', '.join(map(self.eq, linked[label]))}</li>"
@@ -174,8 +174,9 @@ class Page:
             if alone:
                 parts.append(f"<p>Resting on nothing, and nothing on them: {', '.join(map(self.eq, alone))}.</p>")
         key = (
-            '<p class="ledger-key"><span class="ledger-solid"></span> solid: this and everything that it rests on is '
-            'checked <span class="ledger-open"></span> dashed: something below it is not</p>'
+            '<p class="ledger-key">Lines lead down from what is used to what uses it. '
+            '<span class="ledger-solid"></span> solid: this and everything that it rests on is checked. '
+            '<span class="ledger-open"></span> dashed: not so.</p>'
         )
         return key + "".join(parts)
 
