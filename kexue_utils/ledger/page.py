@@ -140,11 +140,12 @@ class Page:
             for entry in (self.check(label) or {}).get("found", []):
                 source, colon, text = entry.partition(": ")
                 what = f"<strong>{escape(source)}</strong>: {escape(text)}" if colon else escape(entry)
-                items.append(f"<li>{what} <span>Refuted by the check of {self.eq(label)}.</span></li>")
+                what = what.removesuffix(".") + "."
+                items.append(f"<li>{what} Refuted by the check of {self.eq(label)}.</li>")
         return f'<ul class="ledger-found">{"".join(items)}</ul>' if items else "<p>None so far.</p>"
 
     def graph(self):
-        """For each chapter one picture, left to right from what is assumed to what follows, and the same in words."""
+        """For each chapter one picture, downwards from what is assumed to what follows, and the same in words."""
         uses = register.rests_on(self.ledger)
         if register.cycle(uses):
             return f"<p>The derivation goes in a circle: {escape(' uses '.join(register.cycle(uses)))}.</p>"
@@ -158,7 +159,7 @@ class Page:
             for other in [other for others in linked.values() for other in others]:
                 linked.setdefault(other, [])
             alone = [label for label in members if label not in linked]
-            parts.append(f'<h3><a href="{escape(href)}">{escape(title)}</a></h3>')
+            parts.append(f'<p class="ledger-chapter"><a href="{escape(href) or "#"}">{escape(title)}</a></p>')
             if linked:
                 words = "".join(
                     f"<li>{self.eq(label)} rests on {', '.join(map(self.eq, linked[label]))}</li>"
@@ -173,8 +174,9 @@ class Page:
             if alone:
                 parts.append(f"<p>Resting on nothing, and nothing on them: {', '.join(map(self.eq, alone))}.</p>")
         key = (
-            '<p class="ledger-key"><span class="ledger-solid"></span> solid: this and everything that it rests on is '
-            'checked <span class="ledger-open"></span> dashed: something below it is not</p>'
+            '<p class="ledger-key">Lines lead down from what is used to what uses it. '
+            '<span class="ledger-solid"></span> solid: this and everything that it rests on is checked. '
+            '<span class="ledger-open"></span> dashed: not so.</p>'
         )
         return key + "".join(parts)
 
@@ -182,19 +184,19 @@ class Page:
         solid, start = register.solid(self.ledger), commonprefix(members).rpartition("-")[0]
         name = {label: label.removeprefix(start).lstrip("-") if label in members else label for label in uses}
         text = {label: f"{self.places[label].number} {name[label]}" for label in uses}
-        boxes, lines, width, height = layout(uses, {label: 8 * len(text[label]) + 18 for label in uses})
+        boxes, lines, width, height = layout(uses, {label: 7.5 * len(text[label]) + 14 for label in uses})
         paths = []
         for points in lines:
             d = f"M{points[0][0]} {points[0][1]}"
             for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
-                d += f"H{to_x}" if y == to_y else f"C{(x + to_x) / 2:g} {y} {(x + to_x) / 2:g} {to_y} {to_x} {to_y}"
+                d += f"V{to_y}" if x == to_x else f"C{x} {(y + to_y) / 2:g} {to_x} {(y + to_y) / 2:g} {to_x} {to_y}"
             paths.append(f'<path d="{d}"/>')
         tone = {label: "ledger-solid" if label in solid else "ledger-open" for label in uses}
         nodes = [
             f'<a href="{escape(self.places[label].href)}" class="{tone[label]}">'
             f"<title>{escape(label)}: {escape(self.state(label)[1])}</title>"
-            f'<rect x="{x}" y="{y - 14}" width="{w}" height="28" rx="5"/>'
-            f'<text x="{x + w / 2:g}" y="{y + 4.5:g}">{escape(text[label])}</text></a>'
+            f'<rect x="{x - w / 2:g}" y="{y - 14}" width="{w:g}" height="28" rx="5"/>'
+            f'<text x="{x}" y="{y + 4.5:g}">{escape(text[label])}</text></a>'
             for label, (x, y, w) in boxes.items()
         ]
         words = f"What each equation of “{escape(title)}” rests on"
@@ -208,11 +210,11 @@ def row_id(label):
     return "ledger-" + "".join(letter if letter.isalnum() else "-" for letter in label)
 
 
-def layout(uses, width, gap=46, pitch=38):
-    """Draws a graph without circles in columns, each node right of all that it uses.
+def layout(uses, width, gap=16, pitch=66):
+    """Draws a graph without circles in rows, each node below all that it uses.
 
-    uses: {node: nodes}; width: {node: pixels}. Returns ({node: (left, middle, width)}, polylines, width, height).
-    An edge that crosses a column passes through a waypoint of its own, so that it runs behind no box.
+    uses: {node: nodes}; width: {node: pixels}. Returns ({node: (middle, middle, width)}, polylines, width, height).
+    An edge that crosses a row passes through a waypoint of its own there, so that it runs behind no box.
     """
     depth = {}
 
@@ -221,48 +223,41 @@ def layout(uses, width, gap=46, pitch=38):
             depth[node] = 1 + max(map(level, uses[node]), default=-1)
         return depth[node]
 
-    for node in sorted(uses, key=level, reverse=True):  # as far right as its users allow: short edges
-        users = [depth[user] for user in uses if node in uses[user]]
-        depth[node] = min(users) - 1 if users else depth[node]
-    columns = [[n for n in uses if depth[n] == i] for i in range(max(depth.values()) + 1)]
+    for node in sorted(uses, key=level, reverse=True):  # as far down as its users allow: short edges
+        depth[node] = min((depth[user] - 1 for user in uses if node in uses[user]), default=depth[node])
+    rows = [[n for n in uses if depth[n] == i] for i in range(max(depth.values()) + 1)]
     chains, near = [], {}
     for node in uses:
-        for other in uses[node]:
+        for other in uses[node]:  # edges from one node share their waypoints
             chain = [other, *((other, i) for i in range(depth[other] + 1, depth[node])), node]
             chains.append(chain)
             for point in chain[1:-1]:
-                if point not in columns[point[1]]:
-                    columns[point[1]].append(point)
-            for left, right in zip(chain, chain[1:], strict=False):
-                near.setdefault(left, set()).add(right)
-                near.setdefault(right, set()).add(left)
-    y = {n: pitch * i for column in columns for i, n in enumerate(column)}
-    for turn in range(24):  # barycentres, alternately from the left and from the right
-        for column in columns if turn % 2 else reversed(columns):
-            want = {n: mean(y[m] for m in sorted(near[n], key=str)) for n in column}
-            column.sort(key=want.get)
-            last = None
-            for n in column:
-                room = 0 if last is None else pitch if n in uses and last in uses else 0.6 * pitch
-                y[n] = want[n] if last is None else max(want[n], y[last] + room)
-                last = n
-            shift = mean(want[n] - y[n] for n in column)
-            for n in column:
-                y[n] += shift
-    top, x, boxes = min(y.values()) - 20, 8, {}
-    for column in columns:
-        wide = max((width[n] for n in column if n in uses), default=0)
-        for n in column:
-            boxes[n] = (x, round(y[n] - top), wide)
-        x += wide + gap
+                if point not in rows[point[1]]:
+                    rows[point[1]].append(point)
+            for upper, lower in zip(chain, chain[1:], strict=False):
+                near.setdefault(upper, []).append(lower)
+                near.setdefault(lower, []).append(upper)
+    half = {n: width.get(n, 0) / 2 for row in rows for n in row}
+    x = {n: 100 * i for row in rows for i, n in enumerate(row)}
+    for turn in range(24):  # barycentres, alternately upwards and downwards
+        for row in rows if turn % 2 else reversed(rows):
+            want = {n: mean(x[m] for m in near.get(n, [n])) for n in row}
+            row.sort(key=want.get)
+            for left, n in zip([None, *row], row, strict=False):
+                x[n] = want[n] if left is None else max(want[n], x[left] + half[left] + gap + half[n])
+            shift = mean(want[n] - x[n] for n in row)
+            for n in row:
+                x[n] += shift
+    start = min(x[n] - half[n] for n in x) - 4
+    at = {n: (round(x[n] - start), 20 + pitch * i) for i, row in enumerate(rows) for n in row}
     lines = []
-    for chain in chains:
-        points = []
-        for n in chain:
-            left, middle, wide = boxes[n]
-            points += [(left, middle), (left + wide, middle)]
+    for (
+        chain
+    ) in chains:  # from the lower edge of one box to the upper edge of the other, upright past the boxes between
+        points = [(at[n][0], at[n][1] + side) for n in chain for side in (-14, 14)]
         lines.append(points[1:-1])
-    return {n: boxes[n] for n in uses}, lines, x - gap + 8, round(max(y.values()) - top + 20)
+    right = max(x[n] + half[n] for n in x) - start + 4
+    return {n: (*at[n], width[n]) for n in uses}, lines, round(right), pitch * len(rows) - pitch + 40
 
 
 def _table(caption, head, rows, ids=None):

@@ -100,17 +100,20 @@ def test_graph_is_solid_only_on_checked_ground(sound):
         assert alternative in words(page)
 
 
-def test_layout_puts_every_node_right_of_what_it_uses_and_no_box_on_another():
+def test_layout_puts_every_node_below_what_it_uses_and_nothing_on_a_box():
     uses = {i: sorted({i // 2, i // 3, max(i - 5, 0)} - {i}) for i in range(40)}
     boxes, lines, width, height = layout(uses, dict.fromkeys(uses, 80))
-    assert all(boxes[i][0] > boxes[j][0] for i in uses for j in uses[i])
+    assert all(boxes[i][1] > boxes[j][1] for i in uses for j in uses[i])
     for i in uses:
         x, y, w = boxes[i]
-        assert 0 <= x and x + w <= width and 14 <= y <= height - 14
-        assert all(boxes[j][0] != x or abs(boxes[j][1] - y) >= 28 for j in uses if j != i)
-    for points in lines:  # runs from the right edge of one box to the left edge of the other, through no third
-        for (x, y), (to, _) in zip(points, points[1:], strict=False):
-            assert not any(x <= left and left + w <= to and abs(mid - y) < 14 for left, mid, w in boxes.values())
+        assert 40 <= x <= width - 40 and 14 <= y <= height - 14
+        assert all(boxes[j][1] != y or abs(boxes[j][0] - x) >= 80 for j in uses if j != i)
+    assert len(lines) == sum(map(len, uses.values()))
+    for points in lines:
+        for (x, y), (_, to) in zip(points, points[1:], strict=False):
+            assert not any(
+                y <= mid - 14 and mid + 14 <= to and abs(x - middle) < 40 for middle, mid, _ in boxes.values()
+            )
 
 
 def test_pages_are_written_again_when_the_ledger_changes_and_only_then(tmp_path):
