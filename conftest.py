@@ -1,6 +1,7 @@
 """Settings of every test: the kernels' environment, repeatable properties, and the book, built once."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,23 @@ collect_ignore_glob = ["tests/*.ipynb"]
 def root() -> Path:
     """The checkout."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def files(root) -> list[str]:
+    """Names of the checkout's own files: all but what git ignores."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    return [name for name in listed.split("\0") if name and (root / name).is_file()]
+
+
+@pytest.fixture
+def copy(root, files, tmp_path) -> Path:
+    """Those files somewhere else, for a test to spoil."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, tmp_path / name)
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from tools.notebooks import verify
 
-PAGES = Path("_build", "html")
 # Read-time warnings are not repeated for pages that Sphinx has cached: a failed build must leave no cache.
 CACHE = Path("_build", ".doctrees")
 
@@ -31,7 +30,7 @@ def build(root: Path, fresh: bool = False) -> int:
         shutil.rmtree(root / "_build", ignore_errors=True)
     jupyter_book = str(Path(sys.executable).with_name("jupyter-book"))  # it cannot be called with -m
     book = [jupyter_book, "build", ".", "-n", "-W", "--keep-going", "-q"]
-    code = subprocess.run(book, cwd=root).returncode
+    code = subprocess.run(book, cwd=root, stdout=subprocess.DEVNULL).returncode  # warnings come on stderr
     if code:
         shutil.rmtree(root / CACHE, ignore_errors=True)
         print("The book was not built: see the first warning above.", file=sys.stderr)
@@ -41,10 +40,7 @@ def build(root: Path, fresh: bool = False) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.book", description=__doc__.split("\n")[0])
     parser.add_argument("--fresh", action="store_true", help="forget earlier builds")
-    code = build(Path(), parser.parse_args().fresh)
-    if not code:
-        print(f"open {(PAGES / 'index.html').resolve().as_uri()}")
-    return code
+    return build(Path(), parser.parse_args().fresh)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ ACTIVE = re.compile(
 )
 ADDRESS = re.compile(r"\bat 0x[0-9a-fA-F]{6,}")
 NBVAL_MARK = re.compile(r"#\s*(?:NBVAL_|PYTEST_VALIDATE_)|^nbval-|^raises-exception$")
-LABEL = re.compile(r"\$\$[ \t]*\(([^()\s]+)\)|^[ \t]*:label:[ \t]*(\S+)", re.MULTILINE)
+LABEL = re.compile(r"\$\$[ \t]*\(([^()\s]+)\)[ \t]*$|^[ \t]*:label:[ \t]*(\S+)", re.MULTILINE)
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 

@@ -37,11 +37,10 @@ def closure(names):
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The package as its repository would give it: built from the files under version control only."""
+def wheel(files, tmp_path_factory):
+    """The package as its repository would give it: built from the checkout's own files only."""
     source = tmp_path_factory.mktemp("source")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
+    for name in files:
         if name.startswith("kexue_utils/") or name in ("pyproject.toml", "README.md", "LICENSE"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)

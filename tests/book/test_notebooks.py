@@ -228,8 +228,9 @@ def test_a_removed_cell_is_seen_once(sample):
     assert "cell 1 (equation sm-second) differs" in problem
 
 
-def test_an_equation_of_two_labels_names_both():
-    assert notebooks.labels("$$ x $$ (a-b)\n$$\ny\n$$ (c-d)\n```{math}\n:label: e-f\nz\n```") == ["a-b", "c-d", "e-f"]
+def test_every_label_of_a_cell_is_found_and_nothing_else():
+    source = "$$ (x)^2 $$ (a-b)\n$$\ny\n$$ (c-d)\n```{math}\n:label: e-f\nz\n```"
+    assert notebooks.labels(source) == ["a-b", "c-d", "e-f"]
 
 
 # bad input

@@ -1,7 +1,6 @@
 """One repository address, and workflows that are given no more than they need."""
 
 import re
-import shutil
 import subprocess
 import sys
 
@@ -14,24 +13,15 @@ OTHER = "https://example.org/group/other-book"
 
 
 @pytest.fixture(scope="module")
-def tracked(root):
-    """Every file under version control that is text."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout
-    texts = {}
-    for name in filter(None, listed.split("\0")):
+def texts(root, files):
+    """What every file of the checkout says, where it is text."""
+    said = {}
+    for name in files:
         try:
-            texts[name] = (root / name).read_text(encoding="utf-8")
-        except (UnicodeDecodeError, FileNotFoundError):
+            said[name] = (root / name).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
             continue
-    return texts
-
-
-@pytest.fixture
-def copy(root, tracked, tmp_path):
-    for name in tracked:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / name, tmp_path / name)
-    return tmp_path
+    return said
 
 
 def install_cell(root):
@@ -52,25 +42,25 @@ def test_every_notebook_starts_with_the_install_cell_of_the_configured_address(r
         assert first.outputs == [], path
 
 
-def test_only_the_listed_places_name_the_address(root, tracked):
+def test_only_the_listed_places_name_the_address(root, texts):
     listed = {path.relative_to(root).as_posix() for place in repository.PLACES for path in root.glob(place)}
     name = repository.path_of(repository.address(root))
-    naming = {file for file, text in tracked.items() if name in text}
+    naming = {file for file, text in texts.items() if name in text}
     assert "_config.yml" in naming and "tools/install_cell.md" in naming
     assert naming <= listed
 
 
-def test_set_repo_leaves_the_old_address_nowhere(root, tracked, copy):
+def test_set_repo_leaves_the_old_address_nowhere(root, texts, copy):
     old = repository.path_of(repository.address(root))
-    named = {name: text.count(old) for name, text in tracked.items() if old in text}
+    named = {name: text.count(old) for name, text in texts.items() if old in text}
     changed = {path.relative_to(copy).as_posix() for path in repository.rewrite(copy, OTHER)}
     assert changed == set(named)
     assert repository.address(copy) == OTHER
     for name, count in named.items():
         text = (copy / name).read_text(encoding="utf-8")
         assert old not in text and text.count("group/other-book") == count, name
-    for name in set(tracked) - changed:
-        assert (copy / name).read_text(encoding="utf-8") == tracked[name], name
+    for name in set(texts) - changed:
+        assert (copy / name).read_text(encoding="utf-8") == texts[name], name
 
 
 def test_set_repo_leaves_a_book_that_may_be_published(copy):
@@ -80,10 +70,10 @@ def test_set_repo_leaves_a_book_that_may_be_published(copy):
     assert repository.rewrite(copy, OTHER) == []
 
 
-def test_set_repo_back_gives_the_same_bytes(root, tracked, copy):
+def test_set_repo_back_gives_the_same_bytes(root, texts, copy):
     repository.rewrite(copy, OTHER)
     repository.rewrite(copy, repository.address(root))
-    for name, text in tracked.items():
+    for name, text in texts.items():
         assert (copy / name).read_text(encoding="utf-8") == text, name
 
 
@@ -97,7 +87,8 @@ def test_names_inside_other_addresses_follow_and_longer_names_do_not(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "url", ["", "x", "http://host/a/b", "https://host/a", "https://host/a/b/", "https://host/a/b.git", "https://h/a/b\n"]
+    "url",
+    ["", "x", "http://host/a/b", "https://host/a", "https://host/a/b/", "https://host/a/b.git", "https://h/a/b\n"],
 )
 def test_a_bad_address_is_refused_before_anything_is_written(copy, url):
     before = (copy / "_config.yml").read_bytes()
