@@ -21,6 +21,12 @@ def additive_scores(q: Tensor, k: Tensor, u: Tensor) -> Tensor:
     return ((q.unsqueeze(-2) + k.unsqueeze(-3)).tanh() * u).sum(-1)
 
 
+def _lags(T: int, device: torch.device) -> Tensor:
+    """t − j for the query i = t−1 in the rows and the key j in the columns; at most 0 for the future."""
+    position = torch.arange(T, device=device)
+    return position[:, None] - position + 1
+
+
 class SkipGramExperts(NamedTuple):
     """The conditional distributions log p(x_t|x_j) that a one-layer model pools.
 
@@ -56,6 +62,7 @@ class AttentionPool(nn.Module):
             return nn.Linear(d, size, bias=False) if vocab is None else nn.Embedding(vocab, size)
 
         self.n_heads, self.n_tables, self.window = n_heads, max(lag_values, 1), window
+        self.fused = qk == "dot" and self.n_tables == 1
         self.q, self.k, self.v = feature(d), feature(d), feature(d * self.n_tables)
         self.u = (nn.Identity() if vocab is None else feature(d)) if residual else None
         self.merge = nn.Linear(d, d, bias=False) if n_heads > 1 else nn.Identity()
@@ -64,20 +71,21 @@ class AttentionPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, T) ids or (B, T, d) vectors; returns (B, T, d)."""
-        B, T = x.shape[:2]
+        B, T, *_ = x.shape
         v = self.v(x).view(B, T, self.n_tables, self.n_heads, -1).permute(2, 0, 3, 1, 4)  # (L, B, H, T, d/H)
-        if self.additive is None and self.n_tables == 1:
+        far = v[-1]
+        if self.fused:
             q, k = self._heads(self.q(x)), self._heads(self.k(x))
             plain = self.lag_bias is None and self.window is None
             mask = None if plain else self._mask(T, q)
-            read = F.scaled_dot_product_attention(q, k, v[0], attn_mask=mask, is_causal=plain, scale=1.0)
+            read = F.scaled_dot_product_attention(q, k, far, attn_mask=mask, is_causal=plain, scale=1.0)
         else:
             a = self.weights(x)
-            read = a @ v[-1]
-            for lag in range(1, min(self.n_tables, T + 1)):
-                near = a.diagonal(1 - lag, -2, -1).unsqueeze(-1) * (v[lag - 1] - v[-1])[..., : T + 1 - lag, :]
-                read = read + F.pad(near, (0, 0, lag - 1, 0))
-        z = self.merge(read.transpose(1, 2).flatten(-2))
+            read = a @ far
+            for back in range(min(self.n_tables, T)):  # t − 1 − j
+                near = a.diagonal(-back, 2, 3).unsqueeze(3) * (v[back] - far)[..., : T - back, :]
+                read = read + F.pad(near, (0, 0, back, 0))
+        z = self.merge(read.transpose(1, 2).flatten(2))
         return z if self.u is None else z + self.u(x)
 
     def weights(self, x: Tensor) -> Tensor:
@@ -87,12 +95,13 @@ class AttentionPool(nn.Module):
         return (scores + self._mask(x.shape[1], scores)).softmax(-1)
 
     def _heads(self, features: Tensor) -> Tensor:
-        return features.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+        return features.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
 
     def _mask(self, T: int, like: Tensor) -> Tensor:
-        position = torch.arange(T, device=like.device)
-        lag = position[:, None] - position + 1  # t − j
-        visible = lag >= 1 if self.window is None else (lag >= 1) & (lag <= self.window)
+        lag = _lags(T, like.device)
+        visible = lag >= 1
+        if self.window is not None:
+            visible = visible & (lag <= self.window)
         if self.lag_bias is None:
             bias = like.new_zeros(T, T)
         else:
@@ -192,9 +201,9 @@ class SkipGramAttentionLM(nn.Module):
         Raises NotImplementedError for n_layers > 1, where the experts depend on the context.
         """
         layer = self._only_layer()
-        v = layer.v.weight.unflatten(-1, (layer.n_tables, layer.n_heads, -1)).permute(2, 1, 0, 3)  # (H, L, V, d/H)
-        if layer.n_heads > 1:
-            v = v @ layer.merge.weight.unflatten(-1, (layer.n_heads, -1)).permute(1, 2, 0).unsqueeze(1)
+        v = layer.v.weight.unflatten(1, (layer.n_tables, layer.n_heads, -1)).permute(2, 1, 0, 3)  # (H, L, V, d/H)
+        if isinstance(layer.merge, nn.Linear):
+            v = v @ layer.merge.weight.unflatten(1, (layer.n_heads, -1)).permute(1, 2, 0).unsqueeze(1)
         residual = None if layer.u is None else (layer.u.weight @ self.w.weight.T).log_softmax(-1)
         return SkipGramExperts((v @ self.w.weight.T).log_softmax(-1), residual)
 
@@ -209,11 +218,9 @@ class SkipGramAttentionLM(nn.Module):
         """
         layer = self._only_layer()
         self._require_ids(ids)
-        T = ids.shape[1]
         experts = self.expert_log_probs()
-        weights = layer.weights(ids).transpose(1, 2).flatten(-2)
-        position = torch.arange(T, device=ids.device)
-        lag = (position[:, None] - position + 1).clamp(1, layer.n_tables)
+        weights = layer.weights(ids).transpose(1, 2).flatten(2)
+        lag = _lags(ids.shape[1], ids.device).clamp(1, layer.n_tables)
         log_cond = experts.heads[:, lag - 1, ids[:, None, :]].permute(1, 2, 0, 3, 4).flatten(2, 3)
         if experts.residual is not None:
             weights = torch.cat([weights, weights.new_ones(*ids.shape, 1)], -1)

@@ -66,11 +66,13 @@ def combine_log_probs(
             f"dim must be a dimension of log_cond other than its last, got {dim} for shape {tuple(log_cond.shape)}"
         )
     experts = log_cond.movedim(dim, -2)
-    J, V = experts.shape[-2:]
+    J = experts.shape[-2]
     if log_prior is None and (J == 0 or isinstance(beta, Tensor) or beta != 0):
         raise ValueError(f"log_prior must be given when beta is not 0 or there is no expert, got beta={beta}, J={J}")
-    if log_prior is not None and log_prior.shape[-1:] != (V,):
-        raise ValueError(f"log_prior must have V={V} candidates on its last dimension, got {tuple(log_prior.shape)}")
+    if log_prior is not None and log_prior.shape[-1:] != experts.shape[-1:]:
+        raise ValueError(
+            f"log_prior must have V={experts.shape[-1]} candidates on its last dimension, got {tuple(log_prior.shape)}"
+        )
     if weights is not None and weights.shape[-1:] != (J,):
         raise ValueError(f"weights must have J={J} entries on their last dimension, got {tuple(weights.shape)}")
     if weights is not None and not torch.compiler.is_compiling():
@@ -86,7 +88,7 @@ def combine_log_probs(
     wide = torch.promote_types(dtype, torch.float32)
 
     if J == 0:
-        pooled = log_prior.to(wide) + experts.sum(-2)  # the empty sum gives the shape
+        pooled = experts.to(wide).sum(-2).add(log_prior)  # the empty sum gives the shape
     else:
         a = experts.new_full((J,), 1 / J, dtype=wide) if weights is None else weights.to(wide)
         if normalize_weights and weights is not None:

@@ -64,7 +64,7 @@ def conditionals_by_enumeration(log_joint: Tensor) -> tuple[Tensor, Tensor]:
     (t−1, V, V), log p(x_t|x_j) at [j, x_j, x_t]. Raises ValueError where the dimensions differ in size.
     """
     _require_joint(log_joint)
-    t, V = log_joint.ndim, log_joint.shape[-1]
+    t, V = log_joint.ndim, len(log_joint)
     log_prior = log_joint.reshape(-1, V).logsumexp(0)
     pairs = [log_joint.movedim(j, -2).reshape(-1, V, V).logsumexp(0) for j in range(t - 1)]
     log_cond = log_normalize(torch.stack(pairs)) if pairs else log_joint.new_empty(0, V, V)
