@@ -3,9 +3,9 @@
 from collections import Counter, namedtuple
 from html import escape
 from os.path import commonprefix
-from statistics import mean
+from urllib.parse import quote
 
-from . import register
+from . import graph, register
 
 # Where an equation is on the page: its link, its number in words "(3.2)", the link and title of its chapter.
 Place = namedtuple("Place", "href number chapter_href chapter")
@@ -149,28 +149,37 @@ class Page:
         uses = register.rests_on(self.ledger)
         if register.cycle(uses):
             return f"<p>The derivation goes in a circle: {escape(' uses '.join(register.cycle(uses)))}.</p>"
-        chapters = {}
+        solid, parts, chapters = register.solid(self.ledger), [], {}
         for label, place in self.places.items():
             chapters.setdefault((place.chapter_href, place.chapter), []).append(label)
-        parts = []
         for (href, title), members in chapters.items():
-            inside = {label: [other for other in uses.get(label, []) if other in self.places] for label in members}
-            linked = {label: others for label, others in inside.items() if others}
-            for other in [other for others in linked.values() for other in others]:
-                linked.setdefault(other, [])
-            alone = [label for label in members if label not in linked]
+            start = commonprefix(members).rpartition("-")[0] + "-"
+            linked = {label: [other for other in uses.get(label, []) if other in self.places] for label in members}
+            linked = {label: others for label, others in linked.items() if others}
+            drawn = {*linked, *(other for others in linked.values() for other in others)}
+            drawn = [label for label in self.places if label in drawn]  # also what other chapters lend
+            nodes = {
+                label: (
+                    f"{self.places[label].number} {label.removeprefix(start) if label in members else label}",
+                    self.places[label].href,
+                    "ledger-solid" if label in solid else "ledger-open",
+                    f"{label}: {self.state(label)[1]}",
+                )
+                for label in drawn
+            }
             parts.append(f'<p class="ledger-chapter"><a href="{escape(href) or "#"}">{escape(title)}</a></p>')
-            if linked:
+            if drawn:
+                svg = graph.draw({label: linked.get(label, []) for label in drawn}, nodes)
                 words = "".join(
-                    f"<li>{self.eq(label)} rests on {', '.join(map(self.eq, linked[label]))}</li>"
-                    for label in members
-                    if linked.get(label)
+                    f"<li>{self.eq(label)} rests on {', '.join(map(self.eq, others))}</li>"
+                    for label, others in linked.items()
                 )
-                order = [label for label in self.places if label in linked]
                 parts.append(
-                    self._svg({label: linked[label] for label in order}, members, title)
-                    + f'<details class="ledger-words"><summary>The same in words</summary><ul>{words}</ul></details>'
+                    f'<div class="ledger-graph" tabindex="0" role="region" aria-label="What each equation of '
+                    f'“{escape(title)}” rests on">{svg}</div>'
+                    f"<details><summary>The same in words</summary><ul>{words}</ul></details>"
                 )
+            alone = [label for label in members if label not in nodes]
             if alone:
                 parts.append(f"<p>Resting on nothing, and nothing on them: {', '.join(map(self.eq, alone))}.</p>")
         key = (
@@ -180,84 +189,9 @@ class Page:
         )
         return key + "".join(parts)
 
-    def _svg(self, uses, members, title):
-        solid, start = register.solid(self.ledger), commonprefix(members).rpartition("-")[0]
-        name = {label: label.removeprefix(start).lstrip("-") if label in members else label for label in uses}
-        text = {label: f"{self.places[label].number} {name[label]}" for label in uses}
-        boxes, lines, width, height = layout(uses, {label: 7.5 * len(text[label]) + 14 for label in uses})
-        paths = []
-        for points in lines:
-            d = f"M{points[0][0]} {points[0][1]}"
-            for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
-                d += f"V{to_y}" if x == to_x else f"C{x} {(y + to_y) / 2:g} {to_x} {(y + to_y) / 2:g} {to_x} {to_y}"
-            paths.append(f'<path d="{d}"/>')
-        tone = {label: "ledger-solid" if label in solid else "ledger-open" for label in uses}
-        nodes = [
-            f'<a href="{escape(self.places[label].href)}" class="{tone[label]}">'
-            f"<title>{escape(label)}: {escape(self.state(label)[1])}</title>"
-            f'<rect x="{x - w / 2:g}" y="{y - 14}" width="{w:g}" height="28" rx="5"/>'
-            f'<text x="{x}" y="{y + 4.5:g}">{escape(text[label])}</text></a>'
-            for label, (x, y, w) in boxes.items()
-        ]
-        words = f"What each equation of “{escape(title)}” rests on"
-        return (
-            f'<div class="ledger-graph" tabindex="0" role="region" aria-label="{words}"><svg width="{width}" '
-            f'height="{height}" viewBox="0 0 {width} {height}">{"".join(paths)}{"".join(nodes)}</svg></div>'
-        )
-
 
 def row_id(label):
-    return "ledger-" + "".join(letter if letter.isalnum() else "-" for letter in label)
-
-
-def layout(uses, width, gap=16, pitch=66):
-    """Draws a graph without circles in rows, each node below all that it uses.
-
-    uses: {node: nodes}; width: {node: pixels}. Returns ({node: (middle, middle, width)}, polylines, width, height).
-    An edge that crosses a row passes through a waypoint of its own there, so that it runs behind no box.
-    """
-    depth = {}
-
-    def level(node):
-        if node not in depth:
-            depth[node] = 1 + max(map(level, uses[node]), default=-1)
-        return depth[node]
-
-    for node in sorted(uses, key=level, reverse=True):  # as far down as its users allow: short edges
-        depth[node] = min((depth[user] - 1 for user in uses if node in uses[user]), default=depth[node])
-    rows = [[n for n in uses if depth[n] == i] for i in range(max(depth.values()) + 1)]
-    chains, near = [], {}
-    for node in uses:
-        for other in uses[node]:  # edges from one node share their waypoints
-            chain = [other, *((other, i) for i in range(depth[other] + 1, depth[node])), node]
-            chains.append(chain)
-            for point in chain[1:-1]:
-                if point not in rows[point[1]]:
-                    rows[point[1]].append(point)
-            for upper, lower in zip(chain, chain[1:], strict=False):
-                near.setdefault(upper, []).append(lower)
-                near.setdefault(lower, []).append(upper)
-    half = {n: width.get(n, 0) / 2 for row in rows for n in row}
-    x = {n: 100 * i for row in rows for i, n in enumerate(row)}
-    for turn in range(24):  # barycentres, alternately upwards and downwards
-        for row in rows if turn % 2 else reversed(rows):
-            want = {n: mean(x[m] for m in near.get(n, [n])) for n in row}
-            row.sort(key=want.get)
-            for left, n in zip([None, *row], row, strict=False):
-                x[n] = want[n] if left is None else max(want[n], x[left] + half[left] + gap + half[n])
-            shift = mean(want[n] - x[n] for n in row)
-            for n in row:
-                x[n] += shift
-    start = min(x[n] - half[n] for n in x) - 4
-    at = {n: (round(x[n] - start), 20 + pitch * i) for i, row in enumerate(rows) for n in row}
-    lines = []
-    for (
-        chain
-    ) in chains:  # from the lower edge of one box to the upper edge of the other, upright past the boxes between
-        points = [(at[n][0], at[n][1] + side) for n in chain for side in (-14, 14)]
-        lines.append(points[1:-1])
-    right = max(x[n] + half[n] for n in x) - start + 4
-    return {n: (*at[n], width[n]) for n in uses}, lines, round(right), pitch * len(rows) - pitch + 40
+    return f"ledger-{quote(label, safe='')}"
 
 
 def _table(caption, head, rows, ids=None):

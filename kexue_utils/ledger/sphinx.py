@@ -143,7 +143,7 @@ def _problems(app, env):
 
 
 def _updated(app, env):
-    """Warns on every build, also one that reads nothing anew, and has the pages written again if the ledger changed."""
+    """Warns on every build, also one that reads nothing anew; names the pages to write again if the ledger changed."""
     file, pages = app.config.ledger_file, _on_pages(env)
     if not Path(app.srcdir, file).exists():
         logger.warning("there is no %s; run `make ledger`", file, type="ledger", subtype="missing")
@@ -154,7 +154,7 @@ def _updated(app, env):
             app.ledger_troubles.setdefault(label, word)
         place = where.get(labels[0])
         logger.warning("equation %s: %s: %s", labels[0], word, message, location=place, type="ledger", subtype=word)
-    state = (app.ledger, app.ledger_troubles, dict(pages))
+    state = (app.ledger, app.ledger_troubles, dict(pages), {name: env.toc_fignumbers.get(name) for name in pages})
     if state != getattr(env, "ledger_state", None):
         env.ledger_state = state
         return list(pages)
@@ -212,6 +212,6 @@ def setup(app):
     app.connect("doctree-read", _collect)
     app.connect("env-purge-doc", _purge)
     app.connect("env-merge-info", _merge)
-    app.connect("env-updated", _updated)
+    app.connect("env-get-updated", _updated)  # later than env-updated: equations have their numbers
     app.connect("doctree-resolved", _resolve)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

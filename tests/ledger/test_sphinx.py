@@ -9,7 +9,7 @@ import textwrap
 import pytest
 from miniature import build, edit_ledger, equation, html, text, write_book
 
-from kexue_utils.ledger.page import layout
+from kexue_utils.ledger.graph import layout
 
 FUNCTIONS = {"halves.half": {"2 → 3": "rejected", "x / 2 → x * 2": "survived"}}
 OTHERS = {"halves.half": {"2 → 3": "survived", "x / 2 → x * 2": "rejected", "x → -x": "survived"}}
@@ -126,6 +126,14 @@ def test_pages_are_written_again_when_the_ledger_changes_and_only_then(tmp_path)
     edit_ledger(tmp_path, lambda ledger: ledger["equations"]["one-half"]["check"].update(kind="symbolic"))
     assert build(tmp_path)[0] == 0
     assert before.count("symbolic") == 0 and "symbolic · 1/1" in html(tmp_path, "notebooks/one")
+
+
+def test_numbers_on_the_ledger_page_follow_the_order_of_the_chapters(tmp_path):
+    write_book(tmp_path, {"one": equation("x-one"), "two": equation("x-two")})
+    assert build(tmp_path)[0] == 0 and "(2) x-two" in html(tmp_path, "ledger")
+    index = tmp_path / "index.md"
+    index.write_text(index.read_text().replace("one", "o").replace("two", "one").replace("/o\n", "/two\n"))
+    assert build(tmp_path)[0] == 0 and "(1) x-two" in html(tmp_path, "ledger")
 
 
 def test_a_second_build_that_reads_nothing_still_fails(tmp_path):
