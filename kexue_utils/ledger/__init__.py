@@ -1,7 +1,7 @@
 """A ledger of equations: every numbered equation has a check, and every check is itself tested by mutation.
 
-In a notebook ``from kexue_utils.ledger import check``; after executing, ``python -m kexue_utils.ledger collect``; in the
-book the extension ``kexue_utils.ledger.sphinx``. Names load on first use: rendering a book needs neither numpy nor sympy.
+In a notebook ``from kexue_utils.ledger import check``; after executing, ``python -m kexue_utils.ledger collect``; in
+the book the extension ``kexue_utils.ledger.sphinx``. Names load on first use: rendering needs neither numpy nor sympy.
 """
 
 from importlib import import_module

@@ -1,11 +1,14 @@
-"""One run of a check: seeded draws, the rule of its kind, a trace of what it executed, and its mutants' verdicts."""
+"""One check, run: seeded draws, the rule of its kind, a trace of what it executed, and its mutants' verdicts."""
 
+import inspect
 import io
 import os
 import random
+import signal
 import sys
+import threading
 import warnings
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from hashlib import sha256
 from pathlib import Path
 
@@ -13,10 +16,11 @@ import numpy as np
 
 from . import kinds
 from .errors import Refused
-from .mutants import swapped
+from .mutants import INPUTS, swapped
 
 REJECTED, SURVIVED, DID_NOT_RUN = "rejected", "survived", "did not run"
 DIFFER = 0.9  # a classic mistake must differ on this share of the draws
+SECONDS = 60  # for one proof; behind the fuel, for one mutant too
 HERE = str(Path(__file__).parent)
 
 
@@ -25,41 +29,33 @@ class Exhausted(BaseException):
 
 
 class Watch:
-    """Traces lines of the check, of the watched packages and of notebook functions; counts them as fuel."""
+    """Traces the check, its notebook (what shares its globals), the watched packages and what it names.
 
-    def __init__(self, check_code, roots, extra_files=(), fuel=None):
-        self.check, self.roots, self.fuel = check_code, tuple(roots), fuel
-        self.files = {check_code.co_filename, *extra_files}
-        self.lines, self.count, self.direct, self.seen = {}, 0, {}, {}
-        end = max(line for _, _, line in check_code.co_lines() if line)
-        stack = [check_code]
-        while stack:
-            code = stack.pop()
-            end = max([end, *(line for _, _, line in code.co_lines() if line)])
-            stack += [c for c in code.co_consts if hasattr(c, "co_code")]
-        self.span = range(check_code.co_firstlineno, end + 1)
+    ``lines`` {file: line numbers}, ``called`` and ``direct`` (called by the check itself) say what ran;
+    ``count`` of lines is fuel: more than ``fuel`` raises Exhausted, at the same place on every machine.
+    """
 
-    def watched(self, code):
-        name = code.co_filename
-        if name not in self.seen:
-            ours = name.startswith(self.roots) and not name.startswith(HERE)
-            self.seen[name] = ours or name in self.files
-        return self.seen[name]
+    def __init__(self, check, roots, files, fuel=None):
+        self.globals, self.roots, self.files, self.fuel = check.__globals__, tuple(roots), set(files), fuel
+        self.inside = {id(code) for code in codes(check.__code__)}
+        self.lines, self.called, self.direct, self.known, self.count = {}, {}, {}, {}, 0
 
-    def within_check(self, code):
-        return code.co_filename == self.check.co_filename and code.co_firstlineno in self.span
+    def library(self, frame):
+        name = frame.f_code.co_filename
+        if name not in self.known:
+            self.known[name] = name in self.files or name.startswith(self.roots) and not name.startswith(HERE)
+        return self.known[name]
+
+    def watched(self, frame):
+        return self.library(frame) or frame.f_globals is self.globals
 
     def __call__(self, frame, event, argument):
-        code = frame.f_code
-        if not self.watched(code):
+        if not self.watched(frame):
             return None
-        if not self.within_check(code) and code not in self.direct:
-            caller, sampler = frame.f_back, takes_generator(frame)
-            while caller is not None and not self.watched(caller.f_code) and not caller.f_code.co_filename.startswith(HERE):
-                sampler = sampler or takes_generator(caller)
-                caller = caller.f_back
-            if caller is not None and self.within_check(caller.f_code) and not sampler:
-                self.direct[code] = frame.f_globals.get("__name__", "?")
+        code = frame.f_code
+        self.called[id(code)] = code
+        if id(code) not in self.inside and id(code) not in self.direct and self.from_check(frame):
+            self.direct[id(code)] = code, frame.f_globals
         lines = self.lines.setdefault(code.co_filename, set())
 
         def local(frame, event, argument):
@@ -73,6 +69,20 @@ class Watch:
         lines.add(frame.f_lineno)
         return local
 
+    def from_check(self, frame):
+        """Did the check call this itself, or through code that is not watched (torch), or a notebook's helper?
+
+        A function that is handed a generator makes inputs: it is not what the equation is about.
+        """
+        ends = self.library if self.library(frame) else self.watched
+        while not any(type(value).__name__ == "Generator" for value in frame.f_locals.values()):
+            frame = frame.f_back
+            if frame is None or id(frame.f_code) in self.inside or frame.f_code.co_filename.startswith(HERE):
+                return frame is not None and id(frame.f_code) in self.inside
+            if ends(frame):
+                return False
+        return False
+
     @contextmanager
     def on(self):
         before = sys.gettrace()  # a debugger's or coverage's: put back afterwards
@@ -83,9 +93,10 @@ class Watch:
             sys.settrace(before)
 
 
-def takes_generator(frame):
-    """A function that is handed the random generator makes inputs; a check need not name it."""
-    return any(isinstance(value, np.random.Generator) for value in frame.f_locals.values())
+def codes(code):
+    yield code
+    for constant in filter(inspect.iscode, code.co_consts):
+        yield from codes(constant)
 
 
 class Trial:
@@ -93,26 +104,24 @@ class Trial:
 
     def __init__(self, function, label, *, draws=None, slack=0.0, literal=False, mistakes=1):
         self.function, self.label, self.slack = function, label, slack
-        names = function.__code__.co_varnames[: function.__code__.co_argcount]
-        if extra := set(names) - {"rng", "tight"}:
-            raise Refused(f"a check takes rng and tight, not {', '.join(sorted(extra))}")
+        names = set(inspect.signature(function).parameters)
+        if names - INPUTS:
+            raise Refused(f"a check takes rng and tight, not {', '.join(sorted(names - INPUTS))}")
         self.has_rng, self.has_tight = "rng" in names, "tight" in names
-        self.literal, self.draws, self.kind, self.mistakes = literal, draws, None, mistakes
+        self.literal, self.draws, self.kind, self.mistakes = literal, draws, None, max(mistakes, 1)
 
     def call(self, draw, tight=False):
         """The cases of one draw; the seed depends on the label and the draw alone."""
         shift = int(os.environ.get("LEDGER_SEED_SHIFT", "0"))
         seed = [int.from_bytes(sha256(self.label.encode()).digest()[:8], "big"), draw, int(tight), shift]
         rng = np.random.default_rng(seed)
-        random.seed(draw)
-        if (torch := sys.modules.get("torch")) is not None:
-            torch.manual_seed(seed[0] % 2**31 + draw + 1000 * shift)
         arguments = {"rng": rng} if self.has_rng else {}
         if self.has_tight:
             arguments["tight"] = tight
         before = rng.bit_generator.state
-        cases = kinds.as_cases(self.function(**arguments))
-        self.drew = not self.has_rng or before != rng.bit_generator.state
+        with seeded((seed[0] + 8 * draw + 4000 * shift + tight) % 2**63):
+            cases = kinds.as_cases(self.function(**arguments))
+        self.drew = before != rng.bit_generator.state
         return cases
 
     def schedule(self):
@@ -121,80 +130,71 @@ class Trial:
         return [(d, tight) for tight in ([False, True] if self.has_tight else [False]) for d in draws]
 
     def settle(self):
-        """Run everything once: sets the kind, raises Refused or returns the first case that does not hold."""
+        """Run everything once: sets the kind, raises Refused, or returns the first case that does not hold."""
         cases = self.call(0)
         self.kind = kinds.classify(cases, has_rng=self.has_rng, has_tight=self.has_tight, literal=self.literal)
-        needed = max(self.mistakes, 1)
-        if any(len(mistakes) < needed for *_, mistakes in cases):
-            raise Refused("no classic mistake is returned: say what the equation is often confused with")
-        told, frozen, self.cases = [[] for _ in range(needed)], set(), 0
+        self.cases, told, drew, values = [], [], [], set()
         for draw, tight in self.schedule():
             cases = self.call(draw, tight)
-            if not self.drew:
-                raise Refused("rng is never used: every draw is the same")
-            frozen.add(tuple((kinds.frozen(left), kinds.frozen(right)) for left, right, _ in cases))
-            differs = [False] * needed
+            drew.append(self.drew)
+            if any(len(mistakes) < self.mistakes for *_, mistakes in cases):
+                raise Refused("no classic mistake is returned: say what the equation is often confused with")
             for left, right, mistakes in cases:
-                self.cases += 1
                 if not self.case_holds(left, right, mistakes, draw, tight):
                     return draw, left, right
-                for k in range(needed):
-                    differs[k] = differs[k] or self.mistaken(left, mistakes[k], draw, tight)
-            for k in range(needed):
-                told[k].append(differs[k])
-        if self.has_rng and len(frozen) == 1 and len(self.schedule()) > 1:
+            if not tight:
+                self.cases += cases
+                values.add(tuple((kinds.frozen(left), kinds.frozen(right)) for left, right, _ in cases))
+            told.append([any(self.mistaken(left, right, mistakes[k], draw, tight) for left, right, mistakes in cases)
+                         for k in range(self.mistakes)])  # fmt: skip
+        if self.has_rng and not any(drew):
+            raise Refused("rng is never used: every draw is the same")
+        if self.has_rng and len(values) == 1 and len(drew) > 1 + self.has_tight:
             raise Refused("both sides are the same on every draw: what is drawn never reaches them")
-        for k, differs in enumerate(told):
-            share = sum(differs) / len(differs)
-            if not any(differs) or self.kind != "bound" and share < DIFFER:
-                raise Refused(f"classic mistake {k + 1} differs on {sum(differs)} of {len(differs)} draws: it must be told apart")
+        for k, differs in enumerate(zip(*told, strict=True)):
+            if not any(differs) or self.kind != "bound" and sum(differs) < DIFFER * len(differs):
+                raise Refused(f"classic mistake {k + 1} differs on {sum(differs)} of {len(differs)} draws",
+                              "it must be told apart from the equation (on 90 % of the draws)")  # fmt: skip
+        kinds.inspect(self.kind, self.cases, self.literal)
+        self.zero = kinds.is_zero([right for _, right, _ in self.cases])
         return None
 
-    def mistaken(self, left, mistake, draw, tight):
-        if self.kind == "rate":
-            return True  # it sets the tolerance
+    def mistaken(self, left, right, mistake, draw, tight):
         if self.kind == "symbolic":
-            from . import symbolic
-
-            return not symbolic.agree(left, mistake, np.random.default_rng([draw, 1]))
-        if self.kind == "bound":
-            return not kinds.holds("bound", left, mistake, tight=tight, slack=self.slack)
-        return kinds.differs(self.kind, left, mistake)
+            return not self.case_holds(left, mistake, (), draw, tight)
+        return kinds.differs(self.kind, left, right, mistake, tight, self.slack)
 
     def case_holds(self, left, right, mistakes, draw, tight):
         if self.kind != "symbolic":
-            kind = "numeric" if self.kind == "definition" else self.kind
-            return kinds.holds(kind, left, right, mistakes, tight, self.slack)
+            return kinds.holds(self.kind, left, right, mistakes, tight, self.slack)
         from . import symbolic
 
-        pairs = zip(kinds.parts(left), kinds.parts(right), strict=True)
-        return all(symbolic.agree(a, b, np.random.default_rng([draw, 1])) for a, b in pairs)
+        return all(symbolic.agree(a, b, np.random.default_rng([draw, 1])) for a, b in kinds.pairs(left, right))
 
     def prove(self):
+        """The rung of sympy's ladder that proves every case; None if one is out of its reach."""
         from . import symbolic
 
-        rungs = [symbolic.prove(a, b) for draw, tight in self.schedule() for left, right, _ in self.call(draw, tight)
-                 for a, b in zip(kinds.parts(left), kinds.parts(right), strict=True)]  # fmt: skip
-        return max(rungs, key=list(symbolic.LADDER).index)
+        with limit(SECONDS, "sympy did not decide in {} s: split the identity, or return floats (numeric)"):
+            rungs = {symbolic.prove(a, b) for left, right, _ in self.cases for a, b in kinds.pairs(left, right)}
+        return None if None in rungs else max(rungs, key=list(symbolic.LADDER).index)
 
-    def survives(self, factor=1):
-        """Does the check still hold, with the right side times ``factor``? Ends at the first draw that fails."""
+    def survives(self, change=None):
+        """Does the check still hold, with ``change`` made to its right side? Ends at the first draw that fails."""
         for draw, tight in self.schedule():
             for left, right, mistakes in self.call(draw, tight):
-                if factor != 1:
-                    right = kinds.scaled(right, factor)
+                right = kinds.changed(right, change) if change else right
                 if not self.case_holds(left, right, mistakes, draw, tight):
                     return False
         return True
 
-    def verdict(self, mutated=None, factor=1, watch=None):
-        """Rejected, survived, or did not run; ``mutated`` is (function, code) to swap in."""
+    def verdict(self, watch, *, change=None, function=None, compiled=None):
+        """Rejected, survived, or did not run, with ``function`` running ``compiled()`` or the right side changed."""
+        watch.count = 0
         try:
-            with silence():
-                if watch is not None:
-                    watch.count = 0
-                with swapped(*mutated) if mutated else nothing(), watch.on() if watch else nothing():
-                    return SURVIVED if self.survives(factor) else REJECTED
+            with silence(), limit(SECONDS, "out of time"), watch.on():
+                with swapped(function, compiled()) if function else nullcontext():
+                    return SURVIVED if self.survives(change) else REJECTED
         except ArithmeticError:
             return REJECTED
         except (Exception, Exhausted):
@@ -202,37 +202,63 @@ class Trial:
 
 
 @contextmanager
-def nothing():
-    yield
+def seeded(seed):
+    """The global generators of random and torch, seeded for one draw and then put back as they were."""
+    torch = sys.modules.get("torch")
+    before, before_torch = random.getstate(), torch and torch.get_rng_state()
+    random.seed(seed)
+    if torch:
+        torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before)
+        if torch:
+            torch.set_rng_state(before_torch)
 
 
 @contextmanager
 def silence():
     """Mutants warn, print and divide by zero; none of it belongs on the page."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        yield
+        with np.errstate(all="ignore"):
+            yield
 
 
 @contextmanager
-def mutable(packages):
-    """Caches emptied and compiled code set aside, so that a mutant is seen; both restored afterwards."""
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None:
-        sys.modules["torch"].compiler.set_stance("force_eager")
+def limit(seconds, advice):
+    """Refused after so many seconds. A backstop: a timer only exists in the main thread of a POSIX process."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def stop(*_):
+        raise Refused(advice.format(seconds))
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
     try:
         yield
     finally:
-        if dynamo is not None:
-            sys.modules["torch"].compiler.set_stance("default")
-        empty_caches(packages)
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def empty_caches(packages):
-    for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in packages or name == "__main__":
-            if name.startswith(__package__):
-                continue
-            for value in list(vars(module).values()):
-                if callable(clear := getattr(value, "cache_clear", None)):
-                    clear()
+def eager():
+    """Compiled code set aside while mutants run: it would not see a changed function. Only if dynamo is loaded."""
+    return sys.modules["torch"].compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def caches(packages, functions):
+    """The ``lru_cache``s of the packages and of the functions' modules: a cached table hides the mutant under it."""
+    names = packages | {function.__module__ for function in functions}
+    spaces = [vars(module) for name, module in list(sys.modules.items()) if name.split(".")[0] in packages]
+    found = []
+    for space in [*spaces, *(function.__globals__ for function in functions)]:
+        for value in list(space.values()):
+            for member in [value, *(vars(value).values() if inspect.isclass(value) else ())]:
+                ours = {module := getattr(member, "__module__", None) or "", module.split(".")[0]} & names
+                if hasattr(type(member), "cache_clear") and ours and not module.startswith(__package__):
+                    found.append(member)
+    return found
