@@ -257,7 +257,8 @@ class CheckSource:
 
     def own_mutants(self):
         """{name: () → code}: of the right side, and of the assignments that it rests on and the left side does not."""
-        left, right = ({id(n) for value in self.reach(roots) for n in ast.walk(value)} for roots in self.columns[:2])
+        left = {id(n) for n in self.used(self.columns[0])}  # with what its inputs are made of
+        right = {id(n) for value in self.reach(self.columns[1]) for n in ast.walk(value)}
         places = [s for s in slots(self.root, None)
                   if id(s.parent.value if isinstance(s.parent, ast.AugAssign) else s.node) in right - left]  # fmt: skip
         return named(self.source, places, changes)
