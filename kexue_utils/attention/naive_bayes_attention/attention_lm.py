@@ -92,7 +92,7 @@ class AttentionPool(nn.Module):
         """a_{t,j} = e^{s(x_{t−1}, x_j, lag)} / Σ_{j<t} e^s, in the rows i = t−1: (B, H, T, T)."""
         q, k = self._heads(self.q(x)), self._heads(self.k(x))
         scores = q @ k.mT if self.additive is None else additive_scores(q, k, self.additive)
-        return (scores + self._mask(x.shape[1], scores)).softmax(-1)
+        return (scores + self._mask(x.shape[1], scores)).softmax(3)
 
     def _heads(self, features: Tensor) -> Tensor:
         return features.unflatten(2, (self.n_heads, -1)).transpose(1, 2)
@@ -105,7 +105,7 @@ class AttentionPool(nn.Module):
         if self.lag_bias is None:
             bias = like.new_zeros(T, T)
         else:
-            bias = self.lag_bias[:, lag.clamp(1, self.lag_bias.shape[-1]) - 1].to(like.dtype)
+            bias = self.lag_bias[:, lag.clamp(1, self.lag_bias.shape[1]) - 1].to(like.dtype)
         return bias.masked_fill(~visible, -math.inf)
 
 
@@ -204,8 +204,10 @@ class SkipGramAttentionLM(nn.Module):
         v = layer.v.weight.unflatten(1, (layer.n_tables, layer.n_heads, -1)).permute(2, 1, 0, 3)  # (H, L, V, d/H)
         if isinstance(layer.merge, nn.Linear):
             v = v @ layer.merge.weight.unflatten(1, (layer.n_heads, -1)).permute(1, 2, 0).unsqueeze(1)
-        residual = None if layer.u is None else (layer.u.weight @ self.w.weight.T).log_softmax(-1)
-        return SkipGramExperts((v @ self.w.weight.T).log_softmax(-1), residual)
+        residual = None
+        if layer.u is not None:
+            residual = (layer.u.weight @ self.w.weight.T).log_softmax(1)
+        return SkipGramExperts((v @ self.w.weight.T).log_softmax(3), residual)
 
     def as_naive_bayes(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """The model's prediction taken apart: the experts, and the weights of their pool (nb-absorb).
@@ -223,8 +225,8 @@ class SkipGramAttentionLM(nn.Module):
         lag = _lags(ids.shape[1], ids.device).clamp(1, layer.n_tables)
         log_cond = experts.heads[:, lag - 1, ids[:, None, :]].permute(1, 2, 0, 3, 4).flatten(2, 3)
         if experts.residual is not None:
-            weights = torch.cat([weights, weights.new_ones(*ids.shape, 1)], -1)
-            log_cond = torch.cat([log_cond, experts.residual[ids].unsqueeze(-2)], -2)
+            weights = torch.cat([weights, weights.new_ones(*ids.shape, 1)], 2)
+            log_cond = torch.cat([log_cond, experts.residual[ids].unsqueeze(2)], 2)
         return weights, log_cond, self.w.bias
 
     def _only_layer(self) -> AttentionPool:

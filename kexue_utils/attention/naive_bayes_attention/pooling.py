@@ -66,7 +66,7 @@ def combine_log_probs(
             f"dim must be a dimension of log_cond other than its last, got {dim} for shape {tuple(log_cond.shape)}"
         )
     experts = log_cond.movedim(dim, -2)
-    J = experts.shape[-2]
+    *_, J, _ = experts.shape
     if log_prior is None and (J == 0 or isinstance(beta, Tensor) or beta != 0):
         raise ValueError(f"log_prior must be given when beta is not 0 or there is no expert, got beta={beta}, J={J}")
     if log_prior is not None and log_prior.shape[-1:] != experts.shape[-1:]:
@@ -88,21 +88,20 @@ def combine_log_probs(
     wide = torch.promote_types(dtype, torch.float32)
 
     if J == 0:
-        pooled = experts.to(wide).sum(-2).add(log_prior)  # the empty sum gives the shape
-    else:
-        a = experts.new_full((J,), 1 / J, dtype=wide) if weights is None else weights.to(wide)
-        if normalize_weights and weights is not None:
-            a = a / a.sum(-1, keepdim=True)
-        a = a.unsqueeze(-1)
-        # The finite part and the vetoes go separate ways, so that no product 0·(−inf) arises, here or in backward.
-        impossible = experts.isneginf()
-        pooled = (a * experts.to(wide).masked_fill(impossible, 0.0)).sum(-2)
-        vetoed = (impossible & (a != 0)).any(-2)
-        if log_prior is not None:
-            vetoed = vetoed | log_prior.isneginf()
-            prior = log_prior.to(wide).masked_fill(log_prior.isneginf(), 0.0)
-            pooled = ((1 + beta) * pooled if normalize_weights else pooled) - beta * prior
-        pooled = pooled.masked_fill(vetoed, -math.inf)
+        beta = -1.0  # no evidence: both rules then leave the prior
+    a = experts.new_ones(J, dtype=wide) / J if weights is None else weights.to(wide)
+    if normalize_weights and weights is not None:
+        a = a / a.sum(-1, keepdim=True)
+    a = a[..., None]
+    # The finite part and the vetoes go separate ways, so that no product 0·(−inf) arises, here or in backward.
+    impossible = experts.isneginf()
+    pooled = (a * experts.to(wide).masked_fill(impossible, 0.0)).sum(-2)
+    vetoed = (impossible & (a != 0)).any(-2)
+    if log_prior is not None:
+        vetoed = vetoed | log_prior.isneginf()
+        prior = log_prior.to(wide).masked_fill(log_prior.isneginf(), 0.0)
+        pooled = ((1 + beta) * pooled if normalize_weights else pooled) - beta * prior
+    pooled = pooled.masked_fill(vetoed, -math.inf)
     return (log_normalize(pooled) if normalize else pooled).to(dtype)
 
 

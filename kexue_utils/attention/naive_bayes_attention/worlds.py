@@ -66,9 +66,10 @@ def conditionals_by_enumeration(log_joint: Tensor) -> tuple[Tensor, Tensor]:
     _require_joint(log_joint)
     t, V = log_joint.ndim, len(log_joint)
     log_prior = log_joint.reshape(-1, V).logsumexp(0)
-    pairs = [log_joint.movedim(j, -2).reshape(-1, V, V).logsumexp(0) for j in range(t - 1)]
-    log_cond = log_normalize(torch.stack(pairs)) if pairs else log_joint.new_empty(0, V, V)
-    return log_prior, log_cond
+    pairs = log_joint.new_empty(t - 1, V, V)
+    for j, _ in enumerate(pairs):
+        pairs[j] = log_joint.movedim(j, -2).reshape(-1, V, V).logsumexp(0)
+    return log_prior, log_normalize(pairs)
 
 
 def _require_joint(log_joint: Tensor) -> None:
