@@ -11,7 +11,7 @@ from . import graph, register
 Place = namedtuple("Place", "href number chapter_href chapter")
 
 # The icon of a tone, and what it says to someone who doesn't see it.
-TONES = {"good": ("✓", "checked"), "warn": ("!", "doubtful"), "bad": ("✗", "not upheld"), "cited": ("○", "cited")}
+TONES = {"good": ("✓", "checked"), "warn": ("▲", "doubtful"), "bad": ("✗", "not upheld"), "cited": ("○", "cited")}
 
 
 class Page:

@@ -96,7 +96,7 @@ def _source(app, path):
 
 
 def _problems(app, env):
-    """(labels, word, message) of everything that the ledger can't vouch for; the first label is where it stands."""
+    """(labels, what is wrong, why and what to do) of all that the ledger can't vouch for, at the first label."""
     ledger, checks = app.ledger, register.checks(app.ledger)
     shown = {label: mark for found, _ in _on_pages(env).values() for label, _, mark in found}
     for label, mark in shown.items():
@@ -122,7 +122,8 @@ def _problems(app, env):
         stale = [label for label, check in checks.items() if check["ran"].get(path, now) != now]
         if stale:
             why = f"{path} " + ("is not to be found" if text is None else "has changed since its check ran")
-            yield stale, "stale", f"{why}; stale are {', '.join(stale)}: run `make notebooks` and `make ledger`"
+            others = f", like {', '.join(stale[1:])}" if stale[1:] else ""
+            yield stale, f"stale{others}", f"{why}; run `make notebooks` and `make ledger`"
     for label, function in register.blind(ledger):
         yield (
             [label],
@@ -150,10 +151,11 @@ def _updated(app, env):
     where = {label: (docname, line) for docname, (found, _) in pages.items() for label, line, _ in found}
     app.ledger_troubles = {}
     for labels, word, message in _problems(app, env):
+        kind = word.partition(",")[0]
         for label in labels:
-            app.ledger_troubles.setdefault(label, word)
+            app.ledger_troubles.setdefault(label, kind)
         place = where.get(labels[0])
-        logger.warning("equation %s: %s: %s", labels[0], word, message, location=place, type="ledger", subtype=word)
+        logger.warning("equation %s: %s: %s", labels[0], word, message, location=place, type="ledger", subtype=kind)
     state = (app.ledger, app.ledger_troubles, dict(pages), {name: env.toc_fignumbers.get(name) for name in pages})
     if state != getattr(env, "ledger_state", None):
         env.ledger_state = state
@@ -181,6 +183,10 @@ def _page(app, docname):
 
 
 def _resolve(app, doctree, docname):
+    if app.builder.format != "html":
+        for node in list(doctree.findall(ledger_part)):
+            node.parent.remove(node)
+        return
     if docname not in _on_pages(app.env):
         return
     found, parts = _on_pages(app.env)[docname]

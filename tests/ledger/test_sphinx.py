@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from miniature import build, edit_ledger, equation, html, text, write_book
 
+from kexue_utils.ledger import digest
+from kexue_utils.ledger.digest import code_digest
 from kexue_utils.ledger.graph import layout
 
 FUNCTIONS = {"halves.half": {"2 → 3": "rejected", "x / 2 → x * 2": "survived"}}
@@ -162,6 +165,24 @@ def test_a_malformed_ledger_is_named(tmp_path, content):
     (tmp_path / "ledger.json").write_text(content)
     status, said = build(tmp_path)
     assert status == 1 and "ledger.json: not a ledger of schema 1" in said
+
+
+def test_sources_of_installed_packages_are_found_and_one_message_names_all_that_is_stale(tmp_path):
+    path = "kexue_utils/ledger/digest.py"
+    now = code_digest(Path(digest.__file__).read_text(encoding="utf-8"))
+    write_book(tmp_path, {"one": [*equation("x-one", ran={path: now}), *equation("x-two", ran={path: now})]})
+    assert build(tmp_path) == (0, "")
+    edit_ledger(tmp_path, lambda ledger: [e["check"].update(ran={path: "0"}) for e in ledger["equations"].values()])
+    status, said = build(tmp_path)
+    assert status == 1 and said.count("WARNING") == 1
+    assert f"equation x-one: stale, like x-two: {path} has changed since its check ran; run `make notebooks`" in said
+    assert html(tmp_path, "notebooks/one").count("doubtful") == 2
+
+
+@pytest.mark.parametrize("builder", ["text", "latex", "dirhtml"])
+def test_other_builders_are_left_in_peace(tmp_path, builder):
+    write_book(tmp_path, CHAPTERS)
+    assert build(tmp_path, builder=builder) == (0, "")
 
 
 def test_rendering_needs_no_numerical_library():
