@@ -102,7 +102,7 @@ class Page:
                 seen = self.ledger["functions"][function].values()
                 fell = sum(label in mutant["rejected_by"] for mutant in seen)
                 of = fell + sum(label in mutant["survives"] for mutant in seen)
-                scores.append(f"<code>{escape(function.rpartition('.')[2])}</code> {fell}/{of}")
+                scores.append(f"{_code(function)} {fell}/{of}")
             uses = ", ".join(map(self.eq, check.get("uses", []))) or "–"
             evidence = escape(check.get("evidence", "–"))
             rows.append([self.eq(label), kind, evidence, "<br>".join(scores) or "–", uses])
@@ -115,8 +115,8 @@ class Page:
         for function, mutants in sorted(self.ledger["functions"].items()):
             named = [label for label in self.labels if function in (self.check(label) or {}).get("of", [])]
             score = "{}/{}".format(*register.score(register.verdicts(mutants).values()))
-            module, _, name = function.rpartition(".")
-            cell = f"<code>{escape(name)}</code><br><small>{escape(module).replace('.', '.<wbr>')}</small>"
+            module = escape(function.rpartition(".")[0]).replace(".", ".<wbr>").replace("_", "_<wbr>")
+            cell = f"{_code(function)}<br><small>{module}</small>"
             rows.append([cell, score, ", ".join(map(self.eq, named))])
         return _table("Functions under test", ["Function", "Mutants rejected", "Checks that name it"], rows)
 
@@ -124,8 +124,7 @@ class Page:
         rows = [
             [
                 ", ".join(map(self.eq, labels)),
-                (f"<code>{escape(function.rpartition('.')[2])}</code>: " if function else "")
-                + f"<code>{escape(mutant)}</code>",
+                (f"{_code(function)}: " if function else "") + f"<code>{escape(mutant)}</code>",
                 escape(reason) if reason else '<span class="ledger-bad">✗ no reason given</span>',
             ]
             for labels, function, mutant, reason in register.survivors(self.ledger)
@@ -149,7 +148,7 @@ class Page:
         uses = register.rests_on(self.ledger)
         if register.cycle(uses):
             return f"<p>The derivation goes in a circle: {escape(' uses '.join(register.cycle(uses)))}.</p>"
-        solid, parts, chapters = register.solid(self.ledger), [], {}
+        solid, parts, chapters = register.solid(self.ledger, self.troubles), [], {}
         for label, place in self.places.items():
             chapters.setdefault((place.chapter_href, place.chapter), []).append(label)
         for (href, title), members in chapters.items():
@@ -192,6 +191,11 @@ class Page:
 
 def row_id(label):
     return f"ledger-{quote(label, safe='')}"
+
+
+def _code(function):
+    """The name of a function without its module, to be broken at underscores only."""
+    return f"<code>{escape(function.rpartition('.')[2]).replace('_', '_<wbr>')}</code>"
 
 
 def _table(caption, head, rows, ids=None):

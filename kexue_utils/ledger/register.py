@@ -106,9 +106,9 @@ def cycle(uses):
     return next(filter(None, (walk(label, []) for label in sorted(uses))), None)
 
 
-def solid(ledger):
-    """Labels that are checked and rest, all the way down, on checked equations only."""
-    uses, fine, answer = rests_on(ledger), covered(ledger), {}
+def solid(ledger, doubtful=()):
+    """Labels that are checked and rest, all the way down, on checked equations only, none of them `doubtful`."""
+    uses, fine, answer = rests_on(ledger), covered(ledger).difference(doubtful), {}
 
     def holds(label):
         if label not in answer:

@@ -177,6 +177,10 @@ def test_sources_of_installed_packages_are_found_and_one_message_names_all_that_
     assert status == 1 and said.count("WARNING") == 1
     assert f"equation x-one: stale, like x-two: {path} has changed since its check ran; run `make notebooks`" in said
     assert html(tmp_path, "notebooks/one").count("doubtful") == 2
+    assert 'class="ledger-open"><title>' not in html(tmp_path, "ledger")  # they stand alone, and are not drawn
+    edit_ledger(tmp_path, lambda ledger: ledger["equations"]["x-two"]["check"].update(uses=["x-one"], ran={path: now}))
+    assert build(tmp_path)[0] == 1
+    assert html(tmp_path, "ledger").count('class="ledger-open"><title>') == 2  # the stale one, and what rests on it
 
 
 @pytest.mark.parametrize("builder", ["text", "latex", "dirhtml"])
