@@ -54,8 +54,10 @@ STYLE = {
 }
 
 
-def subplots(nrows: int = 1, ncols: int = 1, *, width: float = 5.6, height: float = 3.3, **options) -> tuple[Figure, Axes]:
-    """A figure of `width` × `height` inches in the book's style and its axes, as `matplotlib.pyplot.subplots` gives them.
+def subplots(
+    nrows: int = 1, ncols: int = 1, *, width: float = 5.6, height: float = 3.3, **options
+) -> tuple[Figure, Axes]:
+    """A figure of `width` × `height` inches in the book's style, and its axes as pyplot's `subplots` gives them.
 
     Sets matplotlib's style for the session, because artists read it when they are drawn, not when the figure is made.
     The figure belongs to no window and to no pyplot state: nothing shows it but `show`. `options` go to

@@ -86,7 +86,7 @@ def give_figures_their_words(app, doctree):
 
 
 def mark_checks(app, doctree):
-    """Classes for the style sheet: `check-stamp` on what a check printed, `check-cell` on the cell that it stands in."""
+    """Classes for the style sheet: `check-stamp` on what a check printed, `check-cell` on the cell around it."""
     for block in doctree.findall(nodes.literal_block):
         if bundle(block) is not None and block.astext().startswith(("✓ ", "○ ")):
             block["classes"].append("check-stamp")
@@ -98,7 +98,7 @@ def mark_checks(app, doctree):
 
 
 def drop_thebe(app, config):
-    """Jupyter Book always loads sphinx_thebe, whose scripts name an address outside of the site. Nothing here uses it."""
+    """Jupyter Book always loads sphinx_thebe, whose scripts name an address outside; nothing here uses it."""
     for listeners in list(app.events.listeners.values()):
         for listener in list(listeners):
             if listener.handler.__module__ == "sphinx_thebe":
@@ -106,9 +106,16 @@ def drop_thebe(app, config):
     app.registry.css_files[:] = [file for file in app.registry.css_files if file[0] != "sphinx-thebe.css"]
 
 
+def mend_bibliography(app, pagename, templatename, context, doctree):
+    """The entries of the bibliography carry a role that no longer belongs into a list; screen readers lose them."""
+    if "doc-biblioentry" in context.get("body", ""):
+        context["body"] = context["body"].replace('role="doc-biblioentry"', 'role="listitem"')
+
+
 def setup(app):
     languages[SearchEnglishChinese.lang] = SearchEnglishChinese
     app.connect("config-inited", drop_thebe)
     app.connect("doctree-read", mark_checks)
+    app.connect("html-page-context", mend_bibliography)
     app.connect("doctree-read", give_figures_their_words, priority=400)  # before Sphinx numbers the figures
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

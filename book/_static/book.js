@@ -4,7 +4,7 @@
     MathJax.startup = {
       ready() {
         // Set by assistive-mml for a menu that this book does not load; MathJax would complain about it.
-        delete MathJax.config.options.menuOptions;
+        delete MathJax.config.options?.menuOptions;
         MathJax.startup.defaultReady();
       },
     };
