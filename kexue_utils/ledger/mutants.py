@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from .errors import Refused
 
@@ -241,6 +242,7 @@ class CheckSource:
         self.source = Source(function)
         self.root = self.source.node
         self.bindings = [b for node in ast.walk(self.root) if node is not self.root for b in bound_by(node)]
+        self.straight = not any(isinstance(n, (ast.For, ast.While)) for n in own_scope(self.root))
         results = [n.value for n in own_scope(self.root) if isinstance(n, (ast.Return, ast.Yield)) and n.value]
         self.rows = [r.elts for r in results if isinstance(r, ast.Tuple) and len(r.elts) >= 2]
         starred = any(isinstance(side, ast.Starred) for row in self.rows for side in row[:2])
@@ -278,23 +280,32 @@ class CheckSource:
 
     def reach(self, roots, inputs=False):
         """``roots`` and the local values that they rest on; values made with rng or tight are inputs."""
-        found, names, todo = list(roots), set(), list(roots)
+        found, todo = list(roots), list(roots)
         while todo:
-            new = names_in(todo.pop()) - names
-            names |= new
-            more = [value for name, value, _ in self.bindings if name in new and value not in found
-                    and (inputs or not INPUTS & names_in(value))]  # fmt: skip
-            found += more
-            todo += more
+            user = todo.pop()
+            for name in names_in(user):
+                for value in self.values(name, user):
+                    if value not in found and (inputs or not INPUTS & names_in(value)):
+                        found.append(value)
+                        todo.append(value)
         return found
+
+    def values(self, name, user):
+        """What a local name may stand for where ``user`` uses it: without loops, not what is assigned later or lost."""
+        bindings = [b for b in self.bindings if b.name == name]
+        if self.straight and not isinstance(user, ast.FunctionDef):
+            bindings = [b for b in bindings if b.value.lineno < user.lineno or isinstance(b.value, ast.FunctionDef)]
+            last = max((b.value.lineno for b in bindings if b.replaces), default=0)
+            bindings = [b for b in bindings if b.value.lineno >= last]
+        return [b.value for b in bindings]
 
     def inlined(self, node):
         """An expression with local names replaced by their values, where the check is nothing but assignments."""
         if not all(isinstance(s, (ast.Assign, ast.FunctionDef, ast.Return)) for s in self.root.body):
             return node
-        count = Counter(name for name, _, _ in self.bindings)
-        values = {name: value for name, value, whole in self.bindings
-                  if whole and count[name] == 1 and not INPUTS & names_in(value)}  # fmt: skip
+        count = Counter(b.name for b in self.bindings)
+        values = {b.name: b.value for b in self.bindings
+                  if b.whole and count[b.name] == 1 and not INPUTS & names_in(b.value)}  # fmt: skip
 
         class Inline(ast.NodeTransformer):
             def visit_Name(self, node):
@@ -308,37 +319,42 @@ class CheckSource:
         return Inline().visit(deepcopy(node))
 
 
+class Binding(NamedTuple):
+    """``name`` is given ``value``, or a part of it (not ``whole``), in place of what it was or in addition to it."""
+
+    name: str
+    value: ast.AST
+    whole: bool = False
+    replaces: bool = False
+
+
 def bound_by(node):
-    """(name, value, is it the whole value?) for every local name that a node gives a value or changes."""
+    """The bindings of local names that a node makes. A loop over cases, written out or yielded, is an input."""
     links = []
     if isinstance(node, ast.Assign):
         links = [(target, node.value) for target in node.targets]
     elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
         links = [(node.target, node.value)]
     elif isinstance(node, ast.For):
-        links = [(node.target, node.iter)]
+        cases = is_literal(node.iter) or any(isinstance(n, ast.Yield) for n in own_scope(node))
+        links = [] if cases else [(node.target, node.iter)]
     elif isinstance(node, ast.withitem) and node.optional_vars is not None:
         links = [(node.optional_vars, node.context_expr)]
     elif isinstance(node, ast.FunctionDef):
-        yield node.name, node, False
+        yield Binding(node.name, node)
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
         links = [(node.value.func.value, node.value)]  # terms.append(x)
     for target, value in links:
         if isinstance(target, (ast.Tuple, ast.List)):
-            same = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
-            inner = zip(target.elts, value.elts if same else [value] * len(target.elts), strict=True)
-            links += inner
-        else:
-            whole = isinstance(target, ast.Name) and isinstance(node, ast.Assign) and not is_unpacked(node, value)
-            while isinstance(target, (ast.Subscript, ast.Attribute, ast.Starred)):
-                target = target.value
-            if isinstance(target, ast.Name):
-                yield target.id, value, whole
-
-
-def is_unpacked(node, value):
-    """Does the assignment take ``value`` apart into several names?"""
-    return value is node.value and any(isinstance(t, (ast.Tuple, ast.List)) for t in node.targets)
+            same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
+            links += zip(target.elts, value.elts if same else [ast.Starred(value)] * len(target.elts), strict=True)
+            continue
+        whole = isinstance(target, ast.Name) and isinstance(node, ast.Assign)
+        while isinstance(target, (ast.Subscript, ast.Attribute, ast.Starred)):
+            target, whole = target.value, False
+        if isinstance(target, ast.Name):
+            part = isinstance(value, ast.Starred)
+            yield Binding(target.id, value.value if part else value, whole and not part, whole)
 
 
 def own_scope(node):

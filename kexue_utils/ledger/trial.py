@@ -208,7 +208,7 @@ def seeded(seed):
     before, before_torch = random.getstate(), torch and torch.get_rng_state()
     random.seed(seed)
     if torch:
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed records a stack for every device there might be
     try:
         yield
     finally:
