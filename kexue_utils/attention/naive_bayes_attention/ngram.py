@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .pooling import log_normalize
 
-_CHUNK = 2**18  # tokens at a time: temporaries stay in the cache, memory does not grow with the text
+# Numbers at a time, so that temporaries stay in the cache and memory does not grow with the text.
+_CHUNK = 2**18
+_TRAINING_CHUNK = 2**22  # more, as every chunk also makes the W·V² table and its gradient
 
 
 class NGramNaiveBayes:
@@ -91,8 +93,13 @@ class NGramNaiveBayes:
         weights = self.weights if weights is None else weights
         if weights.shape != (self.window,):
             raise ValueError(f"weights must have shape ({self.window},), got {tuple(weights.shape)}")
-        rows = self._scores(contexts.reshape(-1, self.window), weights, self.beta if beta is None else beta)
-        return rows.log_softmax(-1).view(*contexts.shape[:-1], -1)
+        table = self._table(weights, self.beta if beta is None else beta)
+        rows = contexts.reshape(-1, self.window)
+        log_p = table.new_empty(len(rows), table.shape[-1])
+        step = max(_CHUNK // table.shape[-1], 1)
+        for start in range(0, len(rows), step):
+            log_p[start : start + step] = self._scores(rows[start : start + step], table).log_softmax(-1)
+        return log_p.view(*contexts.shape[:-1], -1)
 
     def cross_entropy(self, ids: Tensor) -> Tensor:
         """Mean of −log p(x_t|window) over x_{W+1}..x_N, in nats (a 0-dim tensor). ids and errors: as in ``fit``."""
@@ -122,18 +129,21 @@ class NGramNaiveBayes:
         self.weights, self.beta = weights.detach(), beta.detach()
         return self
 
-    def _scores(self, contexts: Tensor, weights: Tensor, beta: float | Tensor) -> Tensor:
+    def _table(self, weights: Tensor, beta: float | Tensor) -> Tensor:
         # One row per (lag, x_j) with its weight and its share of the prior: a window is a sum of W rows.
-        table = weights[:, None, None] * self._log_cond - beta / self.window * self.log_prior
+        return (weights[:, None, None] * self._log_cond - beta / self.window * self.log_prior).flatten(0, 1)
+
+    def _scores(self, contexts: Tensor, table: Tensor) -> Tensor:
         offsets = torch.arange(self.window - 1, -1, -1, device=contexts.device) * len(self.log_prior)
-        return F.embedding_bag(contexts + offsets, table.flatten(0, 1), mode="sum")
+        return F.embedding_bag(contexts + offsets, table, mode="sum")
 
     def _cross_entropy(self, ids: Tensor, weights: Tensor, beta: Tensor, backward: bool = False) -> Tensor:
         W, n_targets = self.window, len(ids) - self.window
         total = torch.zeros((), dtype=torch.float64, device=ids.device)
-        for start in range(0, n_targets, _CHUNK):
-            chunk = ids[start : start + _CHUNK + W].long()
-            scores = self._scores(chunk.unfold(0, W, 1)[:-1], weights, beta)
+        step = max(_TRAINING_CHUNK // len(self.log_prior), 1)
+        for start in range(0, n_targets, step):
+            chunk = ids[start : start + step + W].long()
+            scores = self._scores(chunk.unfold(0, W, 1)[:-1], self._table(weights, beta))
             loss = F.cross_entropy(scores, chunk[W:], reduction="sum") / n_targets
             if backward:
                 loss.backward()
