@@ -58,8 +58,8 @@ def encode_common(text, size=48):
 
 
 def split_files(texts, seed, held_out=0.05):
-    """(train, validation, test): the files' bytes joined in the order of the SHA-256 of "seed/path", then cut at the file
-    borders nearest to 1 − 2·held_out and 1 − held_out, so that no file is on two sides.
+    """(train, validation, test): the files' bytes joined in the order of the SHA-256 of "seed/path", then cut at the
+    file borders nearest to 1 − 2·held_out and 1 − held_out, so that no file is on two sides.
     """
     order = sorted(texts, key=lambda path: hashlib.sha256(f"{seed}/{path}".encode()).digest())
     ends = np.cumsum([len(texts[path]) for path in order])

@@ -22,7 +22,7 @@ def _level(level):
 def t_quantile(probability, degrees):
     """Quantile of Student's t with `degrees` ≥ 1 degrees of freedom: P(T ≤ x) = probability.
 
-    P(|T| ≤ √ν tan θ) has the closed form of Abramowitz and Stegun 26.7.3 and 26.7.4, monotone in θ: bisection inverts it.
+    P(|T| ≤ √ν tan θ) has the closed form of Abramowitz and Stegun 26.7.3-4, monotone in θ: bisection inverts it.
     """
     _level(probability)
     if not (isinstance(degrees, int | np.integer) and degrees >= 1):
@@ -58,7 +58,7 @@ def t_interval(values, level=0.95):
 def bootstrap_interval(values, level=0.95, draws=10_000, seed=0):
     """(mean, low, high): percentile interval of the mean over `draws` resamplings of the runs.
 
-    Too narrow for very few runs (its width is short by √((n−1)/n) before any other error): prefer `t_interval` below 10.
+    Too narrow for very few runs (its width is short by √((n−1)/n) before any other error): prefer `t_interval` there.
     """
     values = _runs(values)
     _level(level)

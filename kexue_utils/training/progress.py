@@ -16,6 +16,7 @@ def progress(steps, description, start=0):
         for step in range(start, steps):
             yield step
             if (step + 1 - start) % tenth == 0:
-                print(f"{description}: {step + 1}/{steps}, {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
+                seconds = time.monotonic() - begun
+                print(f"{description}: {step + 1}/{steps}, {seconds:.0f} s", file=sys.stderr, flush=True)
         return
     yield from tqdm(range(start, steps), desc=description, initial=start, total=steps, mininterval=2, file=sys.stderr)

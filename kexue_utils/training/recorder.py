@@ -82,10 +82,10 @@ def _jobs(units, seeds, workers):
 
 
 def record(name, *, device="cpu", seeds=None, smoke=False, out=None):
-    """Run the experiment `name` and write its record; the path of the file, or None in a worker that is not the first.
+    """Run the experiment `name` and write its record; the path of the file, or None in a worker other than the first.
 
-    device: "cpu" or "cuda" (under torchrun every worker takes its own GPU). seeds: how many, 0, 1, …; by default 5, or 2
-    for a smoke test. out: the folder, by default the package's own for a full run and the current one for a smoke test.
+    device: "cpu" or "cuda" (under torchrun every worker takes its own GPU). seeds: how many, 0, 1, …; by default 5, or
+    2 for a smoke test. out: the folder, by default the package's own for a full run, the current one for a smoke test.
     A run that was interrupted goes on where it was if sources and parameters are the same.
     """
     seeds = (2 if smoke else 5) if seeds is None else seeds
@@ -160,7 +160,7 @@ def changed(record):
     now = experiment(record["name"])
     made_of = sources(now.run)
     lines = [
-        f"{key}: {'changed' if key in made_of and key in record['sources'] else 'added' if key in made_of else 'removed'}"
+        f"{key}: {'removed' if key not in made_of else 'changed' if key in record['sources'] else 'added'}"
         for key in sorted(made_of.keys() | record["sources"].keys())
         if made_of.get(key) != record["sources"].get(key)
     ]

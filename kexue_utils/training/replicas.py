@@ -12,7 +12,7 @@ from kexue_utils.training.progress import progress
 class Replicas:
     """A stack of P = len(rates) · len(seeds) copies of a module, replica r·len(seeds) + s with rate r and seed s.
 
-    make: () → nn.Module whose forward(*batch) returns losses of any shape; it is called once per seed, on the CPU, after
+    make: () → nn.Module whose forward(*batch) returns losses of any shape; called once per seed, on the CPU, after
     `torch.manual_seed(seed)`, so that a seed starts from the same parameters on every device and at every rate.
     """
 
@@ -47,7 +47,7 @@ class Replicas:
 
 
 class _Adam:
-    """Adam with a learning rate per replica; every number that changes is a tensor, so that a CUDA graph can replay it."""
+    """Adam with a learning rate per replica; what changes with the step is a tensor, for the CUDA graph."""
 
     def __init__(self, replicas, betas=(0.9, 0.99), eps=1e-8):
         self.parameters = list(replicas.parameters.values())
@@ -72,13 +72,13 @@ class _Adam:
 
 
 def cosine(step, steps, warm=0.05):
-    """Share of the peak learning rate: a linear rise over the first `warm` of the steps, then half a cosine down to 0."""
+    """Share of the peak learning rate: a linear rise over the first `warm` of the steps, then half a cosine to 0."""
     rise = max(1.0, warm * steps)
     return min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * max(0.0, step + 1 - rise) / max(1.0, steps - rise))))
 
 
 def train(replicas, batch, steps, *, evaluate, points=40, checkpoint=None, every=1000, description=None):
-    """Minimise every replica's mean loss by Adam; the curve [[step, (rates, seeds) values], …] of about `points` points.
+    """Minimise every replica's mean loss by Adam; the curve [[step, (rates, seeds) values], …] of `points` points.
 
     batch: step → tuple of tensors (len(seeds), …) on the replicas' device, a function of the step alone, so that a run
     that goes on after an interruption sees what it would have seen. evaluate: () → one value per replica.

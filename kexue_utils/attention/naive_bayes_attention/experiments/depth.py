@@ -1,4 +1,4 @@
-"""Recorded run: a language whose next bit is the XOR of two earlier ones, and what depth or latent noise does for it."""
+"""Recorded run: a language whose next bit is the XOR of two earlier ones, and what depth or noise does for it."""
 
 import math
 
@@ -35,7 +35,8 @@ class LatentLM(nn.Module):
 class _Bits(nn.Module):
     def __init__(self, p):
         super().__init__()
-        size = {"vocab": 2, "d": p["d"], "residual": True, "bias": True, "lag_scores": p["window"], "window": p["window"]}
+        size = {"vocab": 2, "d": p["d"], "residual": True, "bias": True}
+        size |= {"lag_scores": p["window"], "window": p["window"]}
         self.first = p["first"]
         self.model = LatentLM(p["sigma"], **size) if p["samples"] else SkipGramAttentionLM(n_layers=p["layers"], **size)
 
@@ -49,8 +50,8 @@ def xor_text(first, flips, lags):
     """Bits with x_t = x_{t−ℓ₁} ⊕ … ⊕ x_{t−ℓₖ} ⊕ flip_t, ℓ in `lags`, int64 (n, T).
 
     first: (n, max lags) fair coins, the first bits; flips: (n, T) with P(flip = 1) = ε, those of the first bits unused.
-    The best predictor needs H(ε) = −ε log₂ ε − (1−ε) log₂(1−ε) bits per token. As long as 1 + Σ xˡ divides no 1 + xᵐ with
-    m inside the window, x_t is independent of every single earlier token, and log-odds that are a sum of functions of
+    The best predictor needs H(ε) = −ε log₂ ε − (1−ε) log₂(1−ε) bits per token. As long as 1 + Σ xˡ divides no 1 + xᵐ
+    with m inside the window, x_t is independent of every single earlier token, and log-odds that are a sum of functions of
     single tokens, naive Bayes with any weights, need 1 bit.
     """
     x = list(first.unbind(1))
@@ -97,9 +98,9 @@ def _run(parameters, seeds, device, checkpoint):
     replicas = Replicas(lambda: _Bits(p), seeds, p["rates"], device)
 
     def held_out(key, parts):
-        n = p["held_out"] // 16
+        n, keys = p["held_out"] // 16, range(p["steps"] + key, p["steps"] + key + parts)
         with torch.no_grad():
-            return sum(replicas.losses(*batch(n, p["steps"] + key + part)).flatten(1).mean(1) for part in range(parts)) / parts
+            return sum(replicas.losses(*batch(n, k)).flatten(1).mean(1) for k in keys) / parts
 
     curve = train(
         replicas,

@@ -1,4 +1,4 @@
-"""Recorded run: does one attention layer, trained on t tokens of an exact naive Bayes world, know what to do with 4t?"""
+"""Recorded run: does attention, trained on t tokens of an exact naive Bayes world, know what to do with 4t?"""
 
 import math
 
@@ -17,8 +17,8 @@ KL_RATIO = 0.1  # success: KL(sum) below this share of KL(mean) at four times th
 class ClassHead(nn.Module):
     """One attention layer that reads x_1..x_t and gives log p(class|x): softmax(γ Σ_j a_j v(x_j) · w + b).
 
-    s_j = q(x_t)·k(x_j) and a = softmax(s), or e^s unnormalised for the pool "sum"; "mean × t" and "mean × log t" multiply
-    the read-out by that factor of the length, "scores × log t" the scores. γ is learned.
+    s_j = q(x_t)·k(x_j) and a = softmax(s), or e^s unnormalised for the pool "sum"; "mean × t" and "mean × log t"
+    multiply the read-out by that factor of the length, "scores × log t" the scores. γ is learned.
     """
 
     def __init__(self, symbols, classes, d, pool):
@@ -34,7 +34,7 @@ class ClassHead(nn.Module):
         nn.init.zeros_(self.w.bias)
 
     def forward(self, ids: Tensor, length: Tensor, target: Tensor) -> Tensor:
-        """KL(target‖model) of every sequence, (B,). ids: (B, T), of which the first `length` (B,) count; target: (B, K)."""
+        """KL(target‖model), (B,). ids: (B, T), of which the first `length` (B,) count; target: (B, K)."""
         B, T = ids.shape
         last = ids.gather(1, length[:, None] - 1)
         s = (self.q(last) @ self.k(ids).mT).squeeze(1)
