@@ -57,11 +57,19 @@ def encode_common(text, size=48):
     return rank[inverse].astype(np.int64), [chr(c) for c in values[order]]
 
 
-def split_files(texts, seed, held_out=0.05):
-    """(train, validation, test): the files' bytes joined in the order of the SHA-256 of "seed/path", then cut at the
-    file borders nearest to 1 − 2·held_out and 1 − held_out, so that no file is on two sides.
+def deal_blocks(data, seed, held_out, size=4096):
+    """(train, validation, test): blocks of `size` bytes, ordered by the SHA-256 of "seed/number", dealt out as `held_out`
+    blocks of test, as many of validation, and the rest; the incomplete last block is left out.
+
+    data: bytes or a 1-d array. ValueError if nothing would be left to train on. A few files are huge and unlike the others
+    (tables of numbers): whole files would make one split incomparable with the next.
     """
-    order = sorted(texts, key=lambda path: hashlib.sha256(f"{seed}/{path}".encode()).digest())
-    ends = np.cumsum([len(texts[path]) for path in order])
-    first, second = (int(np.argmin(abs(ends - ends[-1] * (1 - k * held_out)))) + 1 for k in (2, 1))
-    return tuple(b"".join(texts[p] for p in part) for part in (order[:first], order[first:second], order[second:]))
+    data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    blocks = data[: len(data) // size * size].reshape(-1, size)
+    if not 0 < 2 * held_out < len(blocks):
+        raise ValueError(
+            f"held_out = {held_out!r}: twice that many blocks must be fewer than the {len(blocks)} there are"
+        )
+    order = sorted(range(len(blocks)), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
+    parts = order[2 * held_out :], order[held_out : 2 * held_out], order[:held_out]
+    return tuple(blocks[part].flatten() for part in parts)

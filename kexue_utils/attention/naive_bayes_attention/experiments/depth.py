@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kexue_utils.attention.naive_bayes_attention import NGramNaiveBayes, SkipGramAttentionLM
 from kexue_utils.attention.naive_bayes_attention.experiments.lengths import best_rate
@@ -51,8 +52,8 @@ def xor_text(first, flips, lags):
 
     first: (n, max lags) fair coins, the first bits; flips: (n, T) with P(flip = 1) = ε, those of the first bits unused.
     The best predictor needs H(ε) = −ε log₂ ε − (1−ε) log₂(1−ε) bits per token. As long as 1 + Σ xˡ divides no 1 + xᵐ
-    with m inside the window, x_t is independent of every single earlier token, and log-odds that are a sum of functions of
-    single tokens, naive Bayes with any weights, need 1 bit.
+    with m inside the window, x_t is independent of every single earlier token, and log-odds that are a sum of functions
+    of single tokens (naive Bayes with any weights) need 1 bit.
     """
     x = list(first.unbind(1))
     for t in range(len(x), flips.shape[1]):
@@ -69,7 +70,7 @@ def _units(smoke):
     size |= {"rates": [0.001, 0.003, 0.01, 0.03, 0.1], "steps": 2500, "batch": 64, "held_out": 2048, "sigma": 0.3}
     if smoke:
         size |= {"rates": [0.003, 0.01, 0.03], "steps": 30, "batch": 8, "held_out": 64}
-    counted = {"lags": size["lags"], "flip": size["flip"], "window": 8, "rates": [], "tokens": 1000 if smoke else 60000}
+    counted = {"lags": size["lags"], "flip": size["flip"], "window": 8, "rates": [], "tokens": 1000 if smoke else 30000}
     return {
         "naive Bayes, learned weights": counted,
         "1 layer": size,
@@ -102,15 +103,16 @@ def _run(parameters, seeds, device, checkpoint):
         with torch.no_grad():
             return sum(replicas.losses(*batch(n, k)).flatten(1).mean(1) for k in keys) / parts
 
-    curve = train(
-        replicas,
-        lambda step: batch(p["batch"], step),
-        p["steps"],
-        evaluate=lambda: held_out(0, 2),
-        checkpoint=checkpoint,
-        description=f"{p['layers']} layers, {p['samples']} samples",
-    )
-    validation, test = (replicas.by_rate(held_out(key, 16)) for key in (100, 200))
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels refuse masks that are stacked by vmap
+        curve = train(
+            replicas,
+            lambda step: batch(p["batch"], step),
+            p["steps"],
+            evaluate=lambda: held_out(0, 2),
+            checkpoint=checkpoint,
+            description=f"{p['layers']} layers, {p['samples']} samples",
+        )
+        validation, test = (replicas.by_rate(held_out(key, 16)) for key in (100, 200))
     sigma = None
     if p["samples"]:
         sigma = replicas.by_rate(replicas.parameters["model.log_sigma"].detach().exp())

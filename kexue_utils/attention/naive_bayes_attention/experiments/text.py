@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kexue_utils.attention.naive_bayes_attention import NGramNaiveBayes, SkipGramAttentionLM
 from kexue_utils.attention.naive_bayes_attention.experiments.lengths import best_rate
-from kexue_utils.training.corpora import encode_common, pydoc_topics, python_sources, split_files
+from kexue_utils.training.corpora import deal_blocks, encode_common, pydoc_topics, python_sources
 from kexue_utils.training.intervals import paired_difference, t_interval
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.replicas import Replicas, train
@@ -42,18 +42,15 @@ def pydoc_split():
 
 
 @cache
-def _sympy_bytes():
-    texts = python_sources()
-    return texts, np.unique(np.frombuffer(b"".join(texts.values()), np.uint8))
+def _sympy_ids():
+    values, ids = np.unique(np.frombuffer(b"".join(python_sources().values()), np.uint8), return_inverse=True)
+    return ids.astype(np.uint8), len(values)
 
 
 @cache
 def _sympy_split(seed):
-    texts, values = _sympy_bytes()
-    index = np.zeros(256, np.uint8)
-    index[values] = np.arange(len(values))
-    parts = [torch.from_numpy(index[np.frombuffer(part, np.uint8)]) for part in split_files(texts, seed)]
-    return (parts[0], parts[1][: LEFT + 2**18], parts[2]), len(values)
+    ids, vocab = _sympy_ids()
+    return [torch.from_numpy(part) for part in deal_blocks(ids, seed, held_out=65)], vocab
 
 
 def _splits(corpus, seeds, device):
@@ -241,7 +238,7 @@ def _run(parameters, seeds, device, checkpoint):
 
 
 def _units(corpus, windows, d, smoke):
-    rates = [0.001, 0.003, 0.01, 0.03, 0.1]
+    rates = [0.003, 0.01, 0.03, 0.1, 0.3] if corpus == "pydoc" else [0.001, 0.003, 0.01, 0.03, 0.1]
     size = {"corpus": corpus, "d": d, "rates": rates, "steps": 3000, "points": 20, "texts": None, "matmul": "high"}
     size |= {"sequences": 64, "targets": 64}
     if smoke:
