@@ -58,18 +58,16 @@ def encode_common(text, size=48):
 
 
 def deal_blocks(data, seed, held_out, size=4096):
-    """(train, validation, test): blocks of `size` bytes, ordered by the SHA-256 of "seed/number", dealt out as `held_out`
-    blocks of test, as many of validation, and the rest; the incomplete last block is left out.
+    """(train, validation, test): blocks of `size` bytes, ordered by the SHA-256 of "seed/number", dealt out as
+    `held_out` blocks of test, as many of validation, and the rest; the incomplete last block is left out.
 
-    data: bytes or a 1-d array. ValueError if nothing would be left to train on. A few files are huge and unlike the others
-    (tables of numbers): whole files would make one split incomparable with the next.
+    data: bytes or a 1-d array. ValueError if nothing would be left to train on. Whole files would make one split
+    incomparable with the next: a few are huge and unlike the others (tables of numbers).
     """
     data = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
     blocks = data[: len(data) // size * size].reshape(-1, size)
     if not 0 < 2 * held_out < len(blocks):
-        raise ValueError(
-            f"held_out = {held_out!r}: twice that many blocks must be fewer than the {len(blocks)} there are"
-        )
+        raise ValueError(f"held_out = {held_out!r}: it must be positive and below half of {len(blocks)} blocks")
     order = sorted(range(len(blocks)), key=lambda i: hashlib.sha256(f"{seed}/{i}".encode()).digest())
     parts = order[2 * held_out :], order[held_out : 2 * held_out], order[:held_out]
     return tuple(blocks[part].flatten() for part in parts)

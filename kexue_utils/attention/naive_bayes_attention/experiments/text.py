@@ -239,7 +239,15 @@ def _run(parameters, seeds, device, checkpoint):
 
 def _units(corpus, windows, d, smoke):
     rates = [0.003, 0.01, 0.03, 0.1, 0.3] if corpus == "pydoc" else [0.001, 0.003, 0.01, 0.03, 0.1]
-    size = {"corpus": corpus, "d": d, "rates": rates, "steps": 3000, "points": 20, "texts": None, "matmul": "high"}
+    size = {
+        "corpus": corpus,
+        "d": d,
+        "rates": rates,
+        "steps": 3000 if corpus == "pydoc" else 2500,
+        "points": 20,
+        "texts": None,
+        "matmul": "high",
+    }
     size |= {"sequences": 64, "targets": 64}
     if smoke:
         size |= {"rates": rates[1:4], "steps": 10, "points": 2, "texts": [20000, 2000, 2000], "sequences": 4, "d": 8}
