@@ -1,0 +1,30 @@
+"""`python -m kexue_utils.training run NAME` and `list`."""
+
+import argparse
+
+from kexue_utils.training.recorder import record
+from kexue_utils.training.registry import EXPERIMENTS, experiment
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m kexue_utils.training", description="Repeat a recorded experiment.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names and titles of the experiments")
+    run = commands.add_parser("run", help="run one and write its record; an interrupted run goes on where it was")
+    run.add_argument("name", choices=sorted(EXPERIMENTS), metavar="NAME", help="a name that `list` shows")
+    run.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    run.add_argument("--seeds", type=int, help="how many, at least 2 (default 5, smoke 2)")
+    run.add_argument("--smoke", action="store_true", help="the same steps at a size of seconds on a CPU")
+    run.add_argument("--out", help="folder for the record (default: the package's own; smoke: the current one)")
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "list":
+        for name in sorted(EXPERIMENTS):
+            print(f"{name:24}{experiment(name).title}")
+        return
+    path = record(chosen.name, device=chosen.device, seeds=chosen.seeds, smoke=chosen.smoke, out=chosen.out)
+    if path:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""Every recorded experiment by name; a module is imported only when its experiment is asked for."""
+
+from importlib import import_module
+
+_TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
+EXPERIMENTS = {
+    "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
+    "naive_bayes_sympy": f"{_TEXT}:SYMPY",
+    "naive_bayes_lengths": f"{_TEXT}:LENGTHS",
+    "naive_bayes_depth": f"{_TEXT}:DEPTH",
+}
+
+
+def experiment(name):
+    """The `Experiment` registered under `name`; ValueError names the choices if there is none."""
+    if name not in EXPERIMENTS:
+        raise ValueError(f"name = {name!r}: it must be one of {', '.join(sorted(EXPERIMENTS))}")
+    module, attribute = EXPERIMENTS[name].split(":")
+    return getattr(import_module(module), attribute)
