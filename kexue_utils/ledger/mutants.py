@@ -347,7 +347,8 @@ def bound_by(node):
     for target, value in links:
         if isinstance(target, (ast.Tuple, ast.List)):
             same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
-            links += zip(target.elts, value.elts if same else [ast.Starred(value)] * len(target.elts), strict=True)
+            part = value if isinstance(value, ast.Starred) else ast.copy_location(ast.Starred(value), value)
+            links += zip(target.elts, value.elts if same else [part] * len(target.elts), strict=True)
             continue
         whole = isinstance(target, ast.Name) and isinstance(node, ast.Assign)
         while isinstance(target, (ast.Subscript, ast.Attribute, ast.Starred)):
