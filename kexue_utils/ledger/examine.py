@@ -71,7 +71,8 @@ class Examination:
             self.source = mutants.CheckSource(function)
             self.trial = Trial(function, label, draws=draws, slack=slack, literal=self.source.literal,
                                mistakes=self.source.mistakes)  # fmt: skip
-            self._run()
+            with eager():
+                self._run()
         except Refused as refusal:
             raise LedgerError(label, "refused", *refusal.args) from None
 
@@ -120,19 +121,22 @@ class Examination:
         if self.trial.zero:  # 2·0 = -0 = 0
             whole = {"rhs → rhs + 1": lambda side: side + 1}
         own, self.theirs, self.left_out = self.source.own_mutants(), {}, set()
-        with eager():
-            self.own = {name: self.trial.verdict(watch, change=change) for name, change in whole.items()}
-            self.own |= self._verdicts(watch, self.function, own)
-            for function in self.functions:
-                found = mutants.mutants_of(function, self.watch.lines.get(function.__code__.co_filename, set()))
-                chosen = set(sorted(found, key=lambda name: sha256(name.encode()).digest())[: self.subset])
-                self.left_out |= {f"{function.__qualname__}: {name}" for name in found if name not in chosen}
-                self.theirs[function] = self._verdicts(watch, function, {n: found[n] for n in found if n in chosen})
-            for code in self.helpers:
-                self._not_blind(watch, code)
-            self._empty_caches()
-            if not self.trial.survives():
-                raise Refused("does not hold when it is run again: it changes something outside itself")
+        self.own = {name: self.trial.verdict(watch, change=change) for name, change in whole.items()}
+        self.own |= self._verdicts(watch, self.function, own)
+        for function in self.functions:
+            lines = self.watch.lines.get(function.__code__.co_filename, set())
+            found = mutants.mutants_of(function, lines)
+            chosen = set(sorted(found, key=lambda name: sha256(name.encode()).digest())[: self.subset])
+            self.left_out |= {f"{function.__qualname__}: {name}" for name in found if name not in chosen}
+            self.theirs[function] = self._verdicts(watch, function, {n: found[n] for n in found if n in chosen})
+            if {*self.theirs[function].values()} == {DID_NOT_RUN}:
+                more = mutants.mutants_of(function, lines, doubled=True)
+                self.theirs[function] |= self._verdicts(watch, function, more)
+        for code in self.helpers:
+            self._not_blind(watch, code)
+        self._empty_caches()
+        if not self.trial.survives():
+            raise Refused("does not hold when it is run again: it changes something outside itself")
 
     def _not_blind(self, watch, code):
         """A notebook's own function need not be named, but f(x) = f(x) must not pass."""
@@ -236,8 +240,9 @@ def difference(left, right):
         if a.dtype == object or a.dtype.kind in "iub":
             unequal = np.flatnonzero((a != b).reshape(-1))
         else:
-            gap = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), np.inf).reshape(-1)
-            unequal = [] if kinds.close(a, b) else [int(gap.argmax())]
+            with np.errstate(invalid="ignore"):
+                gap = np.nan_to_num(np.abs(a - b), nan=np.inf).reshape(-1)
+            unequal = [int(gap.argmax())] if gap.max() > 0 else []
         if len(unequal):
             at = f" at {tuple(int(i) for i in np.unravel_index(unequal[0], a.shape))}" if a.ndim else ""
             show = lambda x: str(x) if isinstance(x, (Fraction, int)) else f"{x:.6g}"  # noqa: E731

@@ -121,8 +121,8 @@ def aligned(left, right):
 
 def close(left, right, slack=0.0):
     """Equal up to rounding (or up to ``slack``, relative)?"""
-    scale = np.maximum(np.abs(left), np.abs(right))
-    return np.abs(left - right) <= ATOL + max(RTOL, slack) * scale
+    with np.errstate(invalid="ignore"):
+        return np.abs(left - right) <= ATOL + max(RTOL, slack) * np.maximum(np.abs(left), np.abs(right))
 
 
 def holds(kind, left, right, mistakes=(), tight=False, slack=0.0):

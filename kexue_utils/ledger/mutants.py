@@ -8,6 +8,7 @@ the same on every Python.
 import __future__
 
 import ast
+import builtins
 import inspect
 import linecache
 from collections import Counter
@@ -74,6 +75,7 @@ class Source:
         """The text comes from linecache, which knows notebook cells too."""
         self.code = code = function.__code__
         self.lines = linecache.getlines(code.co_filename, function.__globals__)
+        self.names = {*function.__globals__, *dir(builtins)}
         for statement in ast.parse("".join(self.lines)).body:
             if first_line(statement) <= code.co_firstlineno <= statement.end_lineno:
                 for node in ast.walk(statement):
@@ -198,8 +200,8 @@ def changes(node, parent, source):
         if name in DROPPED_CALLS and isinstance(node.func, ast.Attribute):
             module = getattr(node.func.value, "id", None) in MODULES and node.args
             yield f"drop {name} of {short(node)}", node.args[0] if module else node.func.value
-        if name in TWINS:
-            twin = TWINS[name]
+        twin = TWINS.get(name)
+        if twin and (isinstance(node.func, ast.Attribute) or twin in source.names):  # there is no builtin mean
             func = (ast.Attribute(node.func.value, twin, ast.Load()) if isinstance(node.func, ast.Attribute)
                     else ast.Name(twin, ast.Load()))  # fmt: skip
             yield f"{name} → {twin} in {short(node)}", ast.Call(func, node.args, node.keywords)
@@ -210,19 +212,19 @@ def changes(node, parent, source):
 
 
 def doubled_result(node, parent, source):
-    """The mutant of a function that has no other."""
+    """The mutant of a function that has no other, or none that runs."""
     if isinstance(parent, ast.Return):
         yield "double the result", ast.Call(ast.Name("__doubled__", ast.Load()), [node], [])
 
 
-def mutants_of(function, lines):
+def mutants_of(function, lines, doubled=False):
     """Mutants of a library function on the ``lines`` that a check executed: {name: () → code}, in source order.
 
     A number tells equal names apart and counts lines that were not executed too: every check means the same by it.
     """
     source = Source(function)
     places = list(slots(source.node, lines))
-    return named(source, places, changes) or named(source, places, doubled_result)
+    return not doubled and named(source, places, changes) or named(source, places, doubled_result)
 
 
 def named(source, places, variants):
@@ -259,8 +261,7 @@ class CheckSource:
 
     def own_mutants(self):
         """{name: () → code}: of the right side, and of the assignments that it rests on and the left side does not."""
-        left = {id(n) for n in self.used(self.columns[0])}  # with what its inputs are made of
-        right = {id(n) for value in self.reach(self.columns[1]) for n in ast.walk(value)}
+        left, right = ({id(n) for value in self.reach(roots) for n in ast.walk(value)} for roots in self.columns[:2])
         places = [s for s in slots(self.root, None)
                   if id(s.parent.value if isinstance(s.parent, ast.AugAssign) else s.node) in right - left]  # fmt: skip
         return named(self.source, places, changes)
@@ -347,7 +348,7 @@ def bound_by(node):
     for target, value in links:
         if isinstance(target, (ast.Tuple, ast.List)):
             same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
-            part = value if isinstance(value, ast.Starred) else ast.copy_location(ast.Starred(value), value)
+            part = value if isinstance(value, ast.Starred) else ast.Starred(value)
             links += zip(target.elts, value.elts if same else [part] * len(target.elts), strict=True)
             continue
         whole = isinstance(target, ast.Name) and isinstance(node, ast.Assign)

@@ -64,8 +64,8 @@ def points(symbols, rng):
 def value(symbol, rng, signs):
     """One value for a symbol: what its assumptions leave open is drawn, its signs come from ``signs``."""
     if symbol.is_integer:
-        size = int(rng.integers(symbol.is_nonnegative and not symbol.is_positive, 9)) or (not symbol.is_nonnegative)
-        size = 2 * size + (-1 if symbol.is_odd else 0) if symbol.is_even is not None else size
+        size = rng.integers(0 if symbol.is_nonnegative and not symbol.is_positive else 1, 9)
+        size = mpmath.mpf(int(size if symbol.is_even is None else 2 * size - bool(symbol.is_odd)))
     else:
         size = mpmath.mpf(int(rng.integers(10**12, 10**13))) / 10**12 * mpmath.mpf(2) ** int(rng.integers(-3, 1))
     if symbol.is_nonnegative:
