@@ -1,8 +1,8 @@
-"""`python -m kexue_utils.training run NAME` and `list`."""
+"""`python -m kexue_utils.training run NAME`, `confirm NAME` and `list`."""
 
 import argparse
 
-from kexue_utils.training.recorder import record
+from kexue_utils.training.recorder import RECORDED, confirm, record
 from kexue_utils.training.registry import EXPERIMENTS, experiment
 
 
@@ -16,10 +16,15 @@ def main(arguments=None):
     run.add_argument("--seeds", type=int, help="how many, at least 2 (default 5, smoke 2)")
     run.add_argument("--smoke", action="store_true", help="the same steps at a size of seconds on a CPU")
     run.add_argument("--out", help="folder for the record (default: the package's own; smoke: the current one)")
+    again = commands.add_parser("confirm", help="accept rewritten sources if the smoke size still gives the same")
+    again.add_argument("name", choices=sorted(EXPERIMENTS), metavar="NAME")
     chosen = parser.parse_args(arguments)
     if chosen.command == "list":
         for name in sorted(EXPERIMENTS):
             print(f"{name:24}{experiment(name).title}")
+        return
+    if chosen.command == "confirm":
+        confirm(RECORDED / f"{chosen.name}.json")
         return
     path = record(chosen.name, device=chosen.device, seeds=chosen.seeds, smoke=chosen.smoke, out=chosen.out)
     if path:

@@ -69,7 +69,7 @@ def _units(smoke):
     size = {"d": 32, "window": 8, "first": 16, "T": 48, "lags": [2, 5], "flip": 0.1, "samples": 0, "layers": 1}
     size |= {"rates": [0.001, 0.003, 0.01, 0.03, 0.1], "steps": 2500, "batch": 64, "held_out": 2048, "sigma": 0.3}
     if smoke:
-        size |= {"rates": [0.003, 0.01, 0.03], "steps": 30, "batch": 8, "held_out": 64}
+        size |= {"rates": [0.003, 0.01, 0.03], "steps": 4, "batch": 4, "held_out": 32}
     counted = {"lags": size["lags"], "flip": size["flip"], "window": 8, "rates": [], "tokens": 1000 if smoke else 30000}
     return {
         "naive Bayes, learned weights": counted,

@@ -75,7 +75,7 @@ def _units(smoke):
         "eval": [16, 16],
     }
     if smoke:
-        size |= {"steps": 60, "batch": 128, "held_out": 512, "tested": [4, 16, 64], "rates": [0.01, 0.03, 0.1]}
+        size |= {"steps": 5, "batch": 32, "held_out": 128, "tested": [4, 64], "rates": [0.01, 0.03, 0.1]}
     units = {f"{pool}, t = 16": size | {"pool": pool, "trained": [16, 16]} for pool in POOLS}
     mixed = {"trained": [4, 64], "eval": [4, 64]}
     for pool in ("mean", "sum"):

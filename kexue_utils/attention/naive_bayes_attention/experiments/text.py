@@ -250,7 +250,7 @@ def _units(corpus, windows, d, smoke):
     }
     size |= {"sequences": 64, "targets": 64}
     if smoke:
-        size |= {"rates": rates[1:4], "steps": 10, "points": 2, "texts": [20000, 2000, 2000], "sequences": 4, "d": 8}
+        size |= {"rates": rates[1:4], "steps": 3, "points": 1, "texts": [20000, 2000, 2000], "sequences": 4, "d": 8}
         windows = windows[:1]
     units = {}
     for W in windows:
@@ -267,7 +267,7 @@ def _sympy_units(smoke):
     lower = base["rates"] if smoke else [0.0003, *base["rates"][:-1]]
     for d in (16,) if smoke else (128, 256, 512):
         units[f"d = {d}"] = base | {"d": d, "rates": lower}
-    for layers in (2,) if smoke else (2, 3, 4):
+    for layers in (2,) if smoke else (2, 3):
         units[f"{layers} layers"] = base | {"model": base["model"] | {"n_layers": layers}, "rates": lower}
     return units
 
@@ -327,7 +327,7 @@ PYDOC = Experiment(
     conclude=_conclude,
 )
 SYMPY = Experiment(
-    title="The text table on the bytes of sympy 1.14.0: windows 8, 32, 128, widths 64 to 512, 1 to 4 layers",
+    title="The text table on the bytes of sympy 1.14.0: windows 8, 32, 128, widths 64 to 512, 1 to 3 layers",
     units=_sympy_units,
     run=_run,
     conclude=_conclude,
