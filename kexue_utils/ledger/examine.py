@@ -126,9 +126,13 @@ class Examination:
         for function in self.functions:
             lines = self.watch.lines.get(function.__code__.co_filename, set())
             found = mutants.mutants_of(function, lines)
-            chosen = set(sorted(found, key=lambda name: sha256(name.encode()).digest())[: self.subset])
-            self.left_out |= {f"{function.__qualname__}: {name}" for name in found if name not in chosen}
-            self.theirs[function] = self._verdicts(watch, function, {n: found[n] for n in found if n in chosen})
+            by_hash, verdicts = sorted(found, key=lambda name: sha256(name.encode()).digest()), {}
+            for number, name in enumerate(by_hash, 1):
+                verdicts |= self._verdicts(watch, function, {name: found[name]})
+                if number >= (self.subset or len(found)) and REJECTED in verdicts.values():
+                    break
+            self.left_out |= {f"{function.__qualname__}: {name}" for name in found if name not in verdicts}
+            self.theirs[function] = {name: verdicts[name] for name in found if name in verdicts}
             if {*self.theirs[function].values()} == {DID_NOT_RUN}:
                 more = mutants.mutants_of(function, lines, doubled=True)
                 self.theirs[function] |= self._verdicts(watch, function, more)
