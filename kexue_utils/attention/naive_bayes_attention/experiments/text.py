@@ -199,7 +199,7 @@ def _fit(parameters, texts, vocab, seeds, device, checkpoint=None, description=N
     return replicas, curve, held_out
 
 
-def attention_bits(counts, test, vocab, row, *, window=8, d=32, steps=600, rate=0.01, seed=0):
+def attention_bits(counts, test, vocab, row, *, window=8, d=32, steps=600, rate=0.03, seed=0):
     """Bits per character on `test` of a row of ATTENTION after a few Adam steps of 512 targets each.
 
     counts, test: 1-d integer tensors with values below vocab.
