@@ -31,7 +31,7 @@ serve: book  ## show the book on localhost (PORT=8000)
 
 test: $(VENV)/.all  ## everything that must hold before a change is merged
 	@$(PY) -m ruff check --quiet .
-	@$(PY) -m pytest --benchmark-disable --nbval notebooks tests
+	@$(PY) -m pytest --nbval notebooks tests
 
 notebooks: $(VENV)/.all  ## execute the texts (ONLY=part/slug) and store them as notebooks
 	@$(PY) -m tools.notebooks run $(ONLY)
@@ -40,7 +40,7 @@ ledger: $(VENV)/.all  ## read the notebooks' checks into book/ledger.json (ACCEP
 	@$(PY) -m kexue_utils.ledger collect $(if $(ACCEPT),--accept $(ACCEPT))
 
 bench: $(VENV)/.all  ## our implementations beside the best public ones
-	@$(PY) -m pytest --benchmark-only --benchmark-columns=min,median,rounds --benchmark-group-by=group tests
+	@for script in $$(find benchmarks -name 'bench_*.py' | sort); do echo "== $$script"; $(PY) $$script || exit 1; done
 
 lint: $(VENV)/.all  ## ruff, on the notebooks too
 	@$(PY) -m ruff check .
@@ -52,7 +52,7 @@ set-repo: $(VENV)/.book  ## write another repository address everywhere (URL=htt
 	@$(PY) -m tools.repository "$(URL)"
 
 clean:  ## remove the environment and all that was built
-	rm -rf $(VENV) _build build dist .pytest_cache .ruff_cache .hypothesis .benchmarks *.egg-info
+	rm -rf $(VENV) _build build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed; this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'

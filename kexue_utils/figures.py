@@ -44,7 +44,7 @@ STYLE = {
     "image.cmap": "cividis",
     "legend.frameon": False,
     "lines.linewidth": 1.8,
-    "mathtext.fontset": "cm",
+    "mathtext.fontset": "dejavusans",
     "savefig.facecolor": "white",
     "svg.fonttype": "path",
     "svg.hashsalt": "derivations-that-run",

@@ -154,7 +154,10 @@ def test_sources_are_followed_through_imports_and_blind_to_comments(tmp_path, mo
     (package / "__init__.py").write_text("")
     (package / "part/__init__.py").write_text("from .inner import f\n")
     (package / "part/inner.py").write_text("LIMIT = 3\ndef f():\n    return LIMIT\ndef unused():\n    return 0\n")
-    use = 'from kexue_utils.part import f\nfrom kexue_utils.part import inner\ndef run():\n    """Doc."""\n    return {}\n'
+    use = (
+        'from kexue_utils.part import f\nfrom kexue_utils.part import inner\n'
+        'def run():\n    """Doc."""\n    return {}\n'
+    )
     (package / "use.py").write_text(use.format("f()"))
     monkeypatch.setattr(module, "ROOT", package)
     run = type("Function", (), {"__module__": "kexue_utils.use", "__qualname__": "run"})
