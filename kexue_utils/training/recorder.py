@@ -169,7 +169,8 @@ def confirm(path):
     """Accept sources that were rewritten without changing what they do: the digests in the record become today's.
 
     Runs the smoke size on the CPU and compares it, to 10⁻³, with what the recorded sources gave, and draws the
-    conclusions from the recorded runs again. ValueError, and the file untouched, if the numbers differ or parameters have changed.
+    conclusions from the recorded runs again. ValueError, and the file untouched, if the numbers differ or parameters
+    have changed.
     """
     path = Path(path)
     record = json.loads(path.read_text("utf-8"))

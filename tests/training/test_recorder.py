@@ -77,6 +77,7 @@ def test_rewritten_sources_are_accepted_only_with_the_same_numbers(toy, tmp_path
     confirm(path)
     assert changed(json.loads(path.read_text("utf-8"))) == []
     before = path.read_text("utf-8")
+    monkeypatch.setattr(recorder, "sources", lambda function: {"a.py::f": "3"})
     monkeypatch.setattr(recorder, "_small", lambda chosen: {"one": [{"test": [1.01, None]}, {"test": [1.34, None]}]})
     with pytest.raises(ValueError, match="other numbers in one"):
         confirm(path)
