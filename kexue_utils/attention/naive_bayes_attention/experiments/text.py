@@ -330,7 +330,7 @@ def _conclude(units):
 
 
 PYDOC = Experiment(
-    title="The chapter's text table, converged: help topics of Python, window 8, d = 32",
+    title="The chapter's text table with tuned learning rates: help topics of Python, window 8, d = 32",
     units=lambda smoke: _units("pydoc", [8], 32, smoke),
     run=_run,
     conclude=_conclude,
