@@ -77,12 +77,20 @@ def test_rewritten_sources_are_accepted_only_with_the_same_numbers(toy, tmp_path
     confirm(path)
     assert changed(json.loads(path.read_text("utf-8"))) == []
     before = path.read_text("utf-8")
+    monkeypatch.setattr(recorder, "sources", lambda function: {"a.py::f": "3"})
     monkeypatch.setattr(recorder, "_small", lambda chosen: {"one": [{"test": [1.01, None]}, {"test": [1.34, None]}]})
     with pytest.raises(ValueError, match="other numbers in one"):
         confirm(path)
     assert path.read_text("utf-8") == before
-    recorder._write(path, json.loads(before) | {"summary": {"mean": 5.0}})
-    with pytest.raises(ValueError, match="more than the sources changed"):
+    monkeypatch.undo()
+    monkeypatch.setitem(registry.EXPERIMENTS, "toy", f"{__name__}:TOY")
+    found = json.loads(before) | {"summary": {"mean": 5.0}, "sources": {}}
+    recorder._write(path, found)
+    confirm(path)
+    assert json.loads(path.read_text("utf-8"))["summary"] == json.loads(before)["summary"]
+    found["units"]["one"]["parameters"] = {"x": 5}
+    recorder._write(path, found)
+    with pytest.raises(ValueError, match="re-run or revert: parameters of the unit one"):
         confirm(path)
 
 
@@ -154,10 +162,7 @@ def test_sources_are_followed_through_imports_and_blind_to_comments(tmp_path, mo
     (package / "__init__.py").write_text("")
     (package / "part/__init__.py").write_text("from .inner import f\n")
     (package / "part/inner.py").write_text("LIMIT = 3\ndef f():\n    return LIMIT\ndef unused():\n    return 0\n")
-    use = (
-        'from kexue_utils.part import f\nfrom kexue_utils.part import inner\n'
-        'def run():\n    """Doc."""\n    return {}\n'
-    )
+    use = 'from kexue_utils.part import f, inner\ndef run():\n    """Doc."""\n    return {}\n'
     (package / "use.py").write_text(use.format("f()"))
     monkeypatch.setattr(module, "ROOT", package)
     run = type("Function", (), {"__module__": "kexue_utils.use", "__qualname__": "run"})

@@ -43,8 +43,11 @@ def pydoc_split():
 
 @cache
 def _sympy_ids():
-    values, ids = np.unique(np.frombuffer(b"".join(python_sources().values()), np.uint8), return_inverse=True)
-    return ids.astype(np.uint8), len(values)
+    data = np.frombuffer(b"".join(python_sources().values()), np.uint8)
+    values = np.flatnonzero(np.bincount(data))
+    index = np.zeros(256, np.uint8)
+    index[values] = np.arange(len(values))
+    return index[data], len(values)
 
 
 @cache
@@ -263,7 +266,7 @@ def _units(corpus, windows, d, smoke):
 
 def _sympy_units(smoke):
     units = _units("sympy", [8, 32, 128], 64, smoke)
-    base = units["W = 8: attention + residual + bias"] if smoke else units["W = 32: attention + residual + bias"]
+    base = units[_base(units)]
     lower = base["rates"] if smoke else [0.0003, *base["rates"][:-1]]
     for d in (16,) if smoke else (128, 256, 512):
         units[f"d = {d}"] = base | {"d": d, "rates": lower}
@@ -294,6 +297,11 @@ def _trained(unit):
     return row | {"rate": unit["parameters"]["rates"][best], "rate inside the grid": inside}
 
 
+def _base(units):
+    """The unit that the larger sizes are compared with."""
+    return "W = 32: attention + residual + bias" if "W = 32: counts" in units else "W = 8: attention + residual + bias"
+
+
 def _conclude(units):
     summary = {"windows": {}, "sizes": {}}
     for name, unit in units.items():
@@ -316,12 +324,13 @@ def _conclude(units):
                 "reproduced: residual gains more than 3 SE": differences["gain of the residual"]["z"] > 3,
             }
         elif not name.startswith("W = "):
-            summary["sizes"][name] = _trained(unit)
+            row, small = _trained(unit), _trained(units[_base(units)])["runs"]
+            summary["sizes"][name] = row | {"gain over one layer, d = 64": paired_difference(small, row["runs"])}
     return summary
 
 
 PYDOC = Experiment(
-    title="The chapter's text table, converged: help topics of Python, window 8, d = 32",
+    title="The chapter's text table with tuned learning rates: help topics of Python, window 8, d = 32",
     units=lambda smoke: _units("pydoc", [8], 32, smoke),
     run=_run,
     conclude=_conclude,
