@@ -36,7 +36,7 @@ test: $(VENV)/.all  ## everything that must hold before a change is merged
 notebooks: $(VENV)/.all  ## execute the texts (ONLY=part/slug) and store them as notebooks
 	@$(PY) -m tools.notebooks run $(ONLY)
 
-ledger: $(VENV)/.all  ## read the notebooks' checks into book/ledger.json (ACCEPT=label)
+ledger: $(VENV)/.book  ## read the notebooks' checks into book/ledger.json (ACCEPT=label)
 	@$(PY) -m kexue_utils.ledger collect $(if $(ACCEPT),--accept $(ACCEPT))
 
 bench: $(VENV)/.all  ## our implementations beside the best public ones

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, zip_longest
 from pathlib import Path
 
 import nbformat
@@ -32,6 +32,7 @@ METADATA = {
 MAX_BYTES = 4 * 2**20
 SLOW_SECONDS = 40
 TRACEBACK_LINES = 12
+SHOWN_CHARACTERS = 120
 
 IMAGE_TYPES = {"image/png", "image/svg+xml"}
 MIME_TYPES = {"text/plain", "application/vnd.derivation-ledger+json"} | IMAGE_TYPES
@@ -99,7 +100,7 @@ def load(path: Path) -> NotebookNode:
         raise NotebookError(f"{path}: there is no such notebook; run make notebooks") from error
     except Exception as error:  # nbformat lets KeyError, AttributeError and its own errors out
         first = (str(error) or type(error).__name__).splitlines()[0]
-        raise NotebookError(f"{path}: not a notebook: {first}") from error
+        raise NotebookError(f"{path}: not a notebook: {first}; run make notebooks") from error
     return notebook
 
 
@@ -186,7 +187,7 @@ def run(root: Path, chapter: str, discard: bool = False) -> None:
 
 
 def compare(root: Path, chapter: str) -> Iterator[str]:
-    """Where text and stored notebook disagree, one message a cell that names the equations in it."""
+    """Where text and stored notebook disagree: a message a cell, with its equations and the first line that differs."""
     text, path = text_path(root, chapter), notebook_path(root, chapter)
     expected, lines = from_text(text)
     stored = load(path)
@@ -197,9 +198,18 @@ def compare(root: Path, chapter: str) -> Iterator[str]:
         named = dict.fromkeys(label for cell in pair if cell for label in labels(cell.source))
         equations = f" (equation {', '.join(named)})" if named else ""
         where = f"{text}:{lines[number]}" if pair[0] else str(text)
-        yield f"{where}: cell {number}{equations} differs from {path}; run make notebooks"
+        message = f"{where}: cell {number}{equations} differs from {path}, which was executed; run make notebooks"
+        sources = [cell.source.splitlines() if cell else [] for cell in pair]
+        here, there = next((two for two in zip_longest(*sources) if two[0] != two[1]), (None, None))
+        if here != there:
+            message += f"\n    executed  {_shown(there)}\n    now       {_shown(here)}"
+        yield message
         if len(expected.cells) != len(stored.cells):
             return  # a cell was added or removed here: all that follow are only shifted
+
+
+def _shown(line: str | None) -> str:
+    return "(nothing)" if line is None else line.strip()[:SHOWN_CHARACTERS]
 
 
 def lint(notebook: NotebookNode, path: Path) -> Iterator[str]:

@@ -10,6 +10,7 @@ from sphinx.search.en import SearchEnglish
 
 # Han ideographs with extension A and the compatibility block, as a class for `re` and for JavaScript alike
 HAN = r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+STAMP = re.compile(r"[✓○] (\S+)")  # and the label of the equation
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -86,15 +87,29 @@ def give_figures_their_words(app, doctree):
 
 
 def mark_checks(app, doctree):
-    """Classes for the style sheet: `check-stamp` on what a check printed, `check-cell` on the cell around it."""
+    """What a check printed becomes a `check-stamp`, the cell around it a `check-cell` whose fold says what it hides.
+
+    A cell that stands directly under its equation is `check-beside`: its fold shares the line of the badge.
+    """
+    cells = {}
     for block in doctree.findall(nodes.literal_block):
-        if bundle(block) is not None and block.astext().startswith(("✓ ", "○ ")):
+        if bundle(block) is not None and (stamp := STAMP.match(block.astext())):
             block["classes"].append("check-stamp")
             cell = block
             while cell.get("nb_element") != "cell_code":
                 cell = cell.parent
-            if "check-cell" not in cell["classes"]:
-                cell["classes"].append("check-cell")
+            cells.setdefault(cell, []).append(stamp[1])
+    for cell, labels in cells.items():
+        cell["classes"].append("check-cell")
+        place = cell.parent.index(cell)
+        above = cell.parent[place - 1] if place else None
+        if len(labels) == 1 and isinstance(above, nodes.math_block) and above.get("label") == labels[0]:
+            cell["classes"].append("check-beside")
+            what = "check"
+        else:
+            what = f"{'check' if len(labels) == 1 else 'checks'} of {', '.join(labels)}"
+        if "prompt_show" in cell:
+            cell["prompt_show"], cell["prompt_hide"] = f"Show the {what}", f"Hide the {what}"
 
 
 def drop_thebe(app, config):

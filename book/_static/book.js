@@ -17,6 +17,9 @@
     ".pst-scrollable-table-container": "Table",
   };
   const update = () => {
+    for (const formula of document.querySelectorAll('.bd-article mjx-container[display="true"]')) {
+      if (formula.scrollWidth > formula.clientWidth + 1) formula.parentElement.classList.add("wide");
+    }
     for (const [selector, label] of Object.entries(boxes)) {
       for (const box of document.querySelectorAll(`.bd-article ${selector}`)) {
         if (box.scrollWidth > box.clientWidth + 1) {
