@@ -117,7 +117,7 @@ class SkipGramAttentionLM(nn.Module):
         log p(x_t|x_{<t}) = (Σ_j a_{t,j} v(x_j) [+ u(x_{t−1})])·w(x_t) [+ b(x_t)] + const          (nb-residual)
 
     The scores carry no 1/√d: it is a rescaling of q. Further layers take the read-out vectors in place of
-    the tokens (nb-dirac). There are no positions but those that ``lag_scores`` and ``lag_values`` bring in.
+    the tokens (nb-latent). There are no positions but those that ``lag_scores`` and ``lag_values`` bring in.
 
     vocab: V. d: of the read-out. n_layers, n_heads (divides d). residual: adds u(x_{t−1}). bias: adds b(x_t).
     lag_values: L value tables, for the lags t−j = 1..L, the last one for all beyond; 0 or 1 is one table.

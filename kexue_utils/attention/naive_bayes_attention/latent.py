@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def softmax_laplacian(h: Tensor, w: Tensor) -> Tensor:
-    """Laplacian in h of p_y(h) = softmax(h·w)_y: Δ_h p_y = p_y (‖w_y − μ‖² − tr Cov_p(w)), μ = Σ_y p_y w_y (nb-dirac).
+    """Laplacian in h of p_y(h) = softmax(h·w)_y (nb-laplacian).
+
+    Δ_h p_y = p_y (‖w_y − μ‖² − tr Cov_p(w)),  μ = Σ_y p_y w_y
 
     h: (..., d), w: (V, d); returns (..., V). Any floating dtype. Raises ValueError where d does not match.
     """

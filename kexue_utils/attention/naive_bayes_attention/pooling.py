@@ -132,7 +132,7 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def pool_objective(log_q: Tensor, log_cond: Tensor, weights: Tensor) -> Tensor:
-    """What the log-linear pool minimises over q: Σ_j a_j KL(q‖p_j) (nb-weighted).
+    """What the log-linear pool minimises over q: Σ_j a_j KL(q‖p_j) (nb-compromise).
 
     With Σ_j a_j = 1 the minimiser is q ∝ Π_j p_j^{a_j}, the result of :func:`combine_log_probs` at β = 0,
     and the minimum is −log Σ_y Π_j p_j(y)^{a_j}.
