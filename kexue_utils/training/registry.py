@@ -7,6 +7,7 @@ EXPERIMENTS = {
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
     "naive_bayes_lengths": f"{_TEXT}:LENGTHS",
+    "rope_induction": "kexue_utils.position.rope_base_beta.experiments:INDUCTION",
     "naive_bayes_depth": f"{_TEXT}:DEPTH",
 }
 
