@@ -1,6 +1,6 @@
 """The picture in the README: an equation of the built book with its badge, and its check opened.
 
-    make book && python -m tools.screenshot [--label nb-reversed]
+After `make book`: `python -m tools.screenshot [--label nb-reversed]`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from playwright.sync_api import sync_playwright
 from tools.notebooks import chapters, labels, text_path
 
 PICTURE = Path("book", "_static", "page.png")
-WIDTH, MARGIN = 1400, 20
+WIDTH, MARGIN = 1400, 14
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -26,7 +26,8 @@ def take(root: Path, label: str) -> None:
     address = (root / "_build" / "html" / "notebooks" / f"{home[0]}.html").resolve().as_uri()
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=ARGUMENTS)
-        page = browser.new_page(viewport={"width": WIDTH, "height": 1000}, color_scheme="light", device_scale_factor=1.5)
+        size = {"width": WIDTH, "height": 1000}
+        page = browser.new_page(viewport=size, color_scheme="light", device_scale_factor=1.5)
         page.goto(address)
         page.evaluate("Promise.all([document.fonts.ready, MathJax.startup.promise])")
         equation = page.locator(f".ledger-equation:has(#equation-{label})")

@@ -64,6 +64,16 @@ LOOK = """() => ({
 })"""
 
 
+# Colours of code belong to the kind of token: three of a kind are measured, the thousands of others become plain text.
+FEWER_TOKENS = """() => {
+  const seen = {};
+  for (const token of document.querySelectorAll('.highlight pre span[class]')) {
+    seen[token.className] = (seen[token.className] ?? 0) + 1;
+    if (seen[token.className] > 3) token.replaceWith(...token.childNodes);
+  }
+}"""
+
+
 @pytest.fixture(scope="module")
 def visits(site, context, book_html):
     """{page: what was seen there}: one load of every page, then a look in each theme and on a phone."""
@@ -89,14 +99,16 @@ def visits(site, context, book_html):
         look = page.evaluate(LOOK)
         page.add_style_tag(content="* { transition: none !important; }")  # colours are measured where they settle
         page.evaluate("document.querySelectorAll('details').forEach(fold => { fold.open = true; })")
+        page.set_viewport_size(PHONE)
+        look["phone"] = page.evaluate("document.documentElement.scrollWidth")
+        page.set_viewport_size(WIDE)
+        page.evaluate(FEWER_TOKENS)
         look["axe"] = {}
         for theme, rules in (("light", {}), ("dark", {"runOnly": {"type": "rule", "values": ["color-contrast"]}})):
             page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
             report = runner.run(page, options={"resultTypes": ["violations"], "preload": False, **rules}).response
             serious = [v for v in report["violations"] if v["impact"] in ("serious", "critical")]
             look["axe"][theme] = [(v["id"], v["nodes"][0]["html"][:160]) for v in serious]
-        page.set_viewport_size(PHONE)
-        look["phone"] = page.evaluate("document.documentElement.scrollWidth")
         look["said"] = said
         seen[name] = look
         page.close()
@@ -226,6 +238,42 @@ def test_the_theme_switch_changes_page_and_figures(site, context, root):
     brightness = {theme: sum(map(int, re.findall(r"\d+", rgb)[:3])) for theme, rgb in grounds.items()}
     assert brightness["light"] > 600 and brightness["dark"] < 150
     assert blends["light"] and set(blends["light"]) == {"multiply"} and set(blends["dark"]) == {"screen"}
+
+
+def test_badge_and_fold_of_a_check_stand_on_one_line(site, context, root):
+    page = context.new_page()
+    page.goto(f"{site}notebooks/{chapters(root)[0]}.html")
+    page.evaluate(SETTLED)
+    for size in (WIDE, PHONE):
+        page.set_viewport_size(size)
+        boxes = page.eval_on_selector_all(
+            ".check-beside",
+            """all => all.map(cell => [
+              cell.querySelector('summary'), cell.previousElementSibling.querySelector('.ledger-badge')
+            ].map(e => e.getBoundingClientRect()).map(box => [box.left, box.right, (box.top + box.bottom) / 2]))""",
+        )
+        assert boxes
+        assert all(fold[1] + 8 < badge[0] and abs(fold[2] - badge[2]) < 4 for fold, badge in boxes)
+    page.locator(".check-beside summary").first.click()
+    page.locator(".check-beside .check-stamp").first.wait_for()
+    assert page.locator(".check-stamp:visible").count() == 1
+    page.close()
+
+
+def test_keyboard_focus_is_visible_on_the_buttons_at_the_top(site, context):
+    page = context.new_page()
+    page.goto(f"{site}book/intro.html")
+    page.keyboard.press("Tab")  # from now on the browser shows focus
+    unseen = page.eval_on_selector_all(
+        ".bd-header-article button, .bd-header-article a, .search-button-field",
+        """all => all.filter(e => e.offsetParent).filter(e => {
+          e.focus();
+          const style = getComputedStyle(e);
+          return style.outlineStyle === 'none' || parseFloat(style.outlineWidth) < 2;
+        }).map(e => e.className)""",
+    )
+    page.close()
+    assert unseen == []
 
 
 def test_what_scrolls_in_its_own_box_can_be_reached_by_keyboard(site, context, root):

@@ -1,9 +1,12 @@
 """The strict build: it passes here, and each thing that a reader might break stops it with the place and the label."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
+import tools.book
 from tools import notebooks
 
 
@@ -40,6 +43,7 @@ def test_an_equation_edited_in_the_text_alone_is_refused_by_label(copy):
     assert built.returncode == 1 and not (copy / "_build").exists()
     assert f"book/chapters/{chapter}.md" in built.stderr and label in built.stderr
     assert "run make notebooks" in built.stderr
+    assert f"executed  {latex}" in built.stderr.replace("$$ ", "").replace("$$", "") and "now " in built.stderr
 
 
 def test_an_equation_edited_in_text_and_notebook_is_refused_by_label(copy):
@@ -64,6 +68,33 @@ def test_a_dead_reference_fails_the_build_and_fails_it_again(copy):
     for built in (build(copy), build(copy)):
         assert built.returncode == 1
         assert "notation.md" in built.stderr and "no-such-equation" in built.stderr
+
+
+def test_a_warning_about_a_chapter_leads_to_its_text(root):
+    (chapter, *_), text = notebooks.chapters(root), notebooks.text_path
+    path = text(root, chapter)
+    notebook, lines = notebooks.from_text(path)
+    number = next(i for i, cell in enumerate(notebook.cells) if notebooks.labels(cell.source))
+    place = f"{notebooks.notebook_path(root.resolve(), chapter)}:{number + 1}0003: WARNING: \x1b[31mstale\x1b[39m"
+    said = tools.book.readable(place, root)
+    assert said == f"{text(Path(), chapter)}:{lines[number] + 2}: WARNING: stale"
+
+
+def test_a_cache_of_pages_is_dropped_when_what_makes_pages_has_changed(copy):
+    assert not tools.book.outdated(copy)  # there is none yet
+    cache = copy / tools.book.CACHE / "environment.pickle"
+    cache.parent.mkdir(parents=True)
+    cache.touch()
+    assert not tools.book.outdated(copy)
+    later = cache.stat().st_mtime + 10
+    for name in ("_config.yml", "book/_static/book.css", "book/_ext/book_page.py", "kexue_utils/ledger/page.py"):
+        path = copy / name
+        before = path.stat().st_mtime
+        os.utime(path, (later, later))
+        assert tools.book.outdated(copy), name
+        os.utime(path, (before, before))
+    os.utime(copy / "book" / "intro.md", (later, later))  # Sphinx sees by itself
+    assert not tools.book.outdated(copy)
 
 
 def test_rendering_needs_nothing_that_computes(root):

@@ -116,16 +116,14 @@ def test_the_stored_notebook_holds_only_what_repeats(executed):
 
 
 def test_strict_validation_passes_and_sees_a_changed_output(sample):
-    def nbval():
-        command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "notebooks"]
-        return subprocess.run(command, cwd=sample, capture_output=True, text=True, timeout=120)
-
-    passed = nbval()
-    assert passed.returncode == 0, passed.stdout
-
-    spoil(sample, lambda nb: nb["cells"][3]["outputs"][1]["data"]["application/vnd.derivation-ledger+json"].update(a=2))
-    failed = nbval()
-    assert failed.returncode == 1 and "1 failed, 1 passed" in failed.stdout
+    good, spoiled = notebooks.notebook_path(sample, CHAPTER), notebooks.notebook_path(sample, f"{CHAPTER}_spoiled")
+    stored = json.loads(good.read_text(encoding="utf-8"))
+    stored["cells"][3]["outputs"][1]["data"]["application/vnd.derivation-ledger+json"]["a"] = 2
+    spoiled.write_text(json.dumps(stored), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "--nbval", "-p", "no:cacheprovider", "-rfp", "notebooks"]
+    run = subprocess.run(command, cwd=sample, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 1 and "1 failed, 3 passed" in run.stdout, run.stdout
+    assert f"FAILED {spoiled.relative_to(sample)}::Cell 1" in run.stdout
 
 
 def test_streams_are_joined_in_one_order_however_they_were_flushed():
