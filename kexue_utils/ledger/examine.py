@@ -13,6 +13,7 @@ import numpy as np
 from . import kinds, mutants
 from .digest import code_digest
 from .errors import LedgerError, Refused
+from .sides import CheckSource
 from .trial import DID_NOT_RUN, REJECTED, SURVIVED, Trial, Watch, caches, eager
 
 MIME = "application/vnd.derivation-ledger+json"
@@ -68,7 +69,7 @@ class Examination:
         self.items = [mutants.functions_of(item) for item in of]
         self.functions = list(dict.fromkeys(layers[-1] for item in self.items for layers in item))
         try:
-            self.source = mutants.CheckSource(function)
+            self.source = CheckSource(function)
             self.trial = Trial(function, label, draws=draws, slack=slack, literal=self.source.literal,
                                mistakes=self.source.mistakes)  # fmt: skip
             with eager():

@@ -16,7 +16,8 @@ import numpy as np
 
 from . import kinds
 from .errors import Refused
-from .mutants import INPUTS, swapped
+from .mutants import swapped
+from .sides import INPUTS
 
 REJECTED, SURVIVED, DID_NOT_RUN = "rejected", "survived", "did not run"
 DIFFER = 0.9  # a classic mistake must differ on this share of the draws
