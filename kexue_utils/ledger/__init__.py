@@ -7,7 +7,7 @@ the book the extension ``kexue_utils.ledger.sphinx``. Names load on first use: r
 from importlib import import_module
 
 _HOME = {
-    "check": "examine", "cited": "examine", "packages": "examine",
+    "check": "examine", "cited": "examine", "packages": "watch",
     "LedgerError": "errors", "Mean": "kinds", "Slope": "kinds",
 }  # fmt: skip
 __all__ = sorted(_HOME)

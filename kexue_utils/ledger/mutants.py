@@ -58,10 +58,15 @@ def functions_of(item):
             function = layers(member)
         except TypeError:  # a constant, a C function
             continue
-        generated = function[-1].__code__.co_filename.startswith("<string")  # by a dataclass
-        if function[-1].__module__ == item.__module__ and not generated and function not in found:
+        code = function[-1].__code__
+        if function[-1].__module__ == item.__module__ and not is_generated(code) and function not in found:
             found.append(function)
     return found
+
+
+def is_generated(code):
+    """Was it written by a program, as the methods of a dataclass are?"""
+    return code.co_filename.startswith("<string")
 
 
 class Source:

@@ -13,76 +13,104 @@ CONTAINERS = {"array", "asarray", "tensor", "Fraction", "Rational", "Integer", "
 VERDICTS = {"allclose", "array_equal", "array_equiv"}
 
 
+class Binding(NamedTuple):
+    """``name`` is given ``value``, or a part of it (not ``whole``), in place of what it was or in addition to it."""
+
+    name: str
+    value: ast.AST
+    whole: bool = False
+    replaces: bool = False
+
+
 class CheckSource:
-    """What a check returns, and which of its expressions the right side alone is made of."""
+    """A check's source: ``rows`` (left, right, mistake, …) and the ``columns`` of all lefts, rights and mistakes."""
 
     def __init__(self, function):
         self.source = Source(function)
         self.root = self.source.node
+        own = list(own_scope(self.root))
         self.bindings = [b for node in ast.walk(self.root) if node is not self.root for b in bound_by(node)]
-        self.straight = not any(isinstance(n, (ast.For, ast.While)) for n in own_scope(self.root))
-        results = [n.value for n in own_scope(self.root) if isinstance(n, (ast.Return, ast.Yield)) and n.value]
+        self.loops = any(isinstance(n, (ast.For, ast.While)) for n in own)
+        results = [n.value for n in own if isinstance(n, (ast.Return, ast.Yield)) and n.value]
         self.rows = [r.elts for r in results if isinstance(r, ast.Tuple) and len(r.elts) >= 2]
         starred = any(isinstance(side, ast.Starred) for row in self.rows for side in row[:2])
         if not results or len(self.rows) != len(results) or starred:
             raise Refused("write the two sides out: return left, right, mistake")
-        self.literal = all(is_literal(self.inlined(row[1])) for row in self.rows)
-        self.mistakes = min(len(row) - 2 for row in self.rows)
         self.columns = [row[0] for row in self.rows], [row[1] for row in self.rows], sum((r[2:] for r in self.rows), [])
+        self.mistakes = min(len(row) - 2 for row in self.rows)
+        self.literal = all(is_literal(self.inlined(row[1])) for row in self.rows)
+        self.refuse_what_shows_nothing()
+
+    def refuse_what_shows_nothing(self):
         for left, right, *_ in self.rows:
             if ast.dump(self.inlined(left)) == ast.dump(self.inlined(right)):
                 raise Refused(f"both sides are the same expression, {self.source.text(left)}")
             if is_literal(self.inlined(left)):
                 raise Refused("the left side is a literal: nothing is computed")
+        for node in ast.walk(self.root):
+            if isinstance(node, ast.Call) and called(node.func) in VERDICTS:
+                raise Refused(f"{called(node.func)} is a verdict: return both sides, they are compared for you")
 
     def own_mutants(self):
         """{name: () → code}: of the right side, and of the assignments that it rests on and the left side does not."""
-        left, right = ({id(n) for value in self.reach(roots) for n in ast.walk(value)} for roots in self.columns[:2])
+        left, right = (
+            {id(n) for value in [*roots, *(b.value for b in self.reach(roots))] for n in ast.walk(value)}
+            for roots in self.columns[:2]
+        )
         places = [s for s in slots(self.root, None)
                   if id(s.parent.value if isinstance(s.parent, ast.AugAssign) else s.node) in right - left]  # fmt: skip
         return named(self.source, places, changes)
 
-    def only_in_mistakes(self):
-        """Names that serve a classic mistake alone: the two sides can't notice a change of such a function."""
-        left, right, mistakes = map(self.used, self.columns)
-        return identifiers(mistakes) - identifiers(left | right)
+    def serves_mistakes_alone(self, sites):
+        """Does nothing that is computed at these places of the source reach the two sides, but only a mistake?"""
+        return all(not left and not right and wrong for left, right, wrong in map(self.ways, sites))
 
-    def only_in_inputs(self):
-        """Names that occur only where both sides share the result."""
-        left, right, _ = map(self.used, self.columns)
-        return identifiers(left & right) - identifiers(left ^ right)
+    def serves_as_input(self, sites):
+        """Do both sides get what is computed there through the same local names, and neither is no more than that?"""
+        plain = {n.id for roots in self.columns[:2] for r in roots for n in getattr(r, "elts", [r]) if is_name(n)}
+        functions = [n for n in ast.walk(self.root) if isinstance(n, (ast.FunctionDef, ast.Lambda)) and n != self.root]
+        return all(
+            left and left == right and plain.isdisjoint(left) and not any(contains(f, site) for f in functions)
+            for site in sites for left, right, _ in [self.ways(site)]
+        )  # fmt: skip
 
-    def used(self, roots):
-        return {n for value in self.reach(roots, inputs=True) for n in ast.walk(value)}
+    def ways(self, site):
+        """For each column, the names through which it gets what is computed at a site; "" where it is there itself."""
+        return [
+            {b.name for b in self.reach(roots, inputs=True) if contains(b.value, site)}
+            | {"" for root in roots if contains(root, site)}
+            for roots in self.columns
+        ]
 
     def reach(self, roots, inputs=False):
-        """``roots`` and the local values that they rest on; values made with rng or tight are inputs."""
-        found, todo = list(roots), list(roots)
+        """The bindings that ``roots`` rest on, those to values made with rng or tight (inputs) only if asked for."""
+        found, todo = [], list(roots)
         while todo:
-            user = todo.pop()
-            for name in names_in(user):
-                for value in self.values(name, user):
-                    if value not in found and (inputs or not INPUTS & names_in(value)):
-                        found.append(value)
-                        todo.append(value)
+            for binding in self.bound(todo.pop()):
+                if binding not in found and (inputs or not INPUTS & names_in(binding.value)):
+                    found.append(binding)
+                    todo.append(binding.value)
         return found
 
-    def values(self, name, user):
-        """What a local name may stand for where ``user`` uses it: without loops, not what is assigned later or lost."""
-        bindings = [b for b in self.bindings if b.name == name]
-        if self.straight and not isinstance(user, ast.FunctionDef):
-            bindings = [b for b in bindings if b.value.lineno < user.lineno or isinstance(b.value, ast.FunctionDef)]
-            last = max((b.value.lineno for b in bindings if b.replaces), default=0)
-            bindings = [b for b in bindings if b.value.lineno >= last]
-        return [b.value for b in bindings]
+    def bound(self, user):
+        """The bindings of the names in ``user``: without loops, not those made later or made anew in between."""
+        found, names = [], names_in(user)
+        for name in sorted(names):
+            bindings = [b for b in self.bindings if b.name == name]
+            if not self.loops and not isinstance(user, ast.FunctionDef):
+                bindings = [b for b in bindings if b.value.lineno < user.lineno or isinstance(b.value, ast.FunctionDef)]
+                last = max((b.value.lineno for b in bindings if b.replaces), default=0)
+                bindings = [b for b in bindings if b.value.lineno >= last]
+            found += bindings
+        return found
 
     def inlined(self, node):
-        """An expression with local names replaced by their values, where the check is nothing but assignments."""
-        if not all(isinstance(s, (ast.Assign, ast.FunctionDef, ast.Return)) for s in self.root.body):
-            return node
+        """An expression with local names replaced by their values, those that are given one, once, and not by chance."""
+        if any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) for n in own_scope(self.root)):
+            return node  # a call for its effect: the same name need not be the same value
         count = Counter(b.name for b in self.bindings)
-        values = {b.name: b.value for b in self.bindings
-                  if b.whole and count[b.name] == 1 and not INPUTS & names_in(b.value)}  # fmt: skip
+        values = {b.name: b.value for b in self.bindings if b.whole and not INPUTS & names_in(b.value)
+                  and all(count[name] <= 1 for name in names_in(b.value) | {b.name})}  # fmt: skip
 
         class Inline(ast.NodeTransformer):
             def visit_Name(self, node):
@@ -96,31 +124,22 @@ class CheckSource:
         return Inline().visit(deepcopy(node))
 
 
-class Binding(NamedTuple):
-    """``name`` is given ``value``, or a part of it (not ``whole``), in place of what it was or in addition to it."""
-
-    name: str
-    value: ast.AST
-    whole: bool = False
-    replaces: bool = False
-
-
 def bound_by(node):
     """The bindings of local names that a node makes. A loop over cases, written out or yielded, is an input."""
     links = []
-    if isinstance(node, ast.Assign):
-        links = [(target, node.value) for target in node.targets]
-    elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-        links = [(node.target, node.value)]
-    elif isinstance(node, ast.For):
-        cases = is_literal(node.iter) or any(isinstance(n, ast.Yield) for n in own_scope(node))
-        links = [] if cases else [(node.target, node.iter)]
-    elif isinstance(node, ast.withitem) and node.optional_vars is not None:
-        links = [(node.optional_vars, node.context_expr)]
-    elif isinstance(node, ast.FunctionDef):
-        yield Binding(node.name, node)
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        links = [(node.value.func.value, node.value)]  # terms.append(x)
+    match node:
+        case ast.Assign():
+            links = [(target, node.value) for target in node.targets]
+        case ast.AugAssign() | ast.AnnAssign(value=ast.expr()) | ast.NamedExpr():
+            links = [(node.target, node.value)]
+        case ast.For() if not is_literal(node.iter) and not any(isinstance(n, ast.Yield) for n in own_scope(node)):
+            links = [(node.target, node.iter)]
+        case ast.withitem(value, ast.expr() as target):
+            links = [(target, value)]
+        case ast.FunctionDef(name):
+            yield Binding(name, node)
+        case ast.Expr(ast.Call(ast.Attribute(target)) as value):
+            links = [(target, value)]  # terms.append(x)
     for target, value in links:
         if isinstance(target, (ast.Tuple, ast.List)):
             same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
@@ -143,23 +162,27 @@ def own_scope(node):
             yield from own_scope(child)
 
 
-def identifiers(nodes):
-    return {getattr(n, "attr", getattr(n, "id", None)) for n in nodes} - {None}
-
-
 def names_in(node):
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return {n.id for n in ast.walk(node) if is_name(n)}
+
+
+def is_name(node):
+    return isinstance(node, ast.Name)
+
+
+def contains(node, site):
+    """Does the source of a node hold the site (first line, last line, first column, last column)?"""
+    first, last, start, end = site
+    return (node.lineno, node.col_offset) <= (first, start) and (last, end) <= (node.end_lineno, node.end_col_offset)
 
 
 def is_literal(node):
     """Numbers only: 2, -1.5, [1, 2], (1, 2), array([1, 2]), Fraction(1, 3)."""
-    if isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-        return name in CONTAINERS and all(map(is_literal, node.args))
-    if isinstance(node, ast.UnaryOp):
-        return is_literal(node.operand)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return all(map(is_literal, node.elts))
+    match node:
+        case ast.Call(func, arguments):
+            return called(func) in CONTAINERS and all(map(is_literal, arguments))
+        case ast.UnaryOp(operand=operand):
+            return is_literal(operand)
+        case ast.Tuple(elements) | ast.List(elements):
+            return all(map(is_literal, elements))
     return isinstance(node, ast.Constant)
-
-

@@ -13,7 +13,7 @@ import torch
 from checking import failure, record, survivors
 
 from kexue_utils.attention.naive_bayes_attention import combine_log_probs, pooling
-from kexue_utils.ledger import cited, examine
+from kexue_utils.ledger import cited, register, show
 from kexue_utils.ledger.digest import code_digest
 
 
@@ -121,7 +121,7 @@ def test_an_error_says_where():
 
 def test_cited(capsys):
     cited("clt", "Billingsley, theorem 27.1", uses=["iid"])
-    bundle = examine.records.pop()
+    bundle = show.records.pop()
     assert (bundle["kind"], bundle["state"], bundle["uses"]) == ("cited", "cited", ["iid"])
     assert capsys.readouterr().out == "○ clt · cited: Billingsley, theorem 27.1\n"
 
@@ -165,7 +165,7 @@ class TestNotebook:
         ((output,)) = executed[2]
         assert output.output_type == "display_data"
         assert output.data["text/plain"].splitlines()[0] == "✓ relative · numeric, 20 draws · 4/4 mutants"
-        bundle = output.data[examine.MIME]
+        bundle = output.data[register.BUNDLE]
         assert list(bundle["functions"]) == ["__main__.Rotation.matrix"] and bundle["ran"] == {}
 
     def test_a_refusal_and_a_failure_are_a_few_lines(self, executed):
@@ -179,9 +179,9 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests/ledger")
 from test_check import idle, pooled, relative, rotation, combine_log_probs
-from kexue_utils.ledger import check, examine
+from kexue_utils.ledger import check, show
 check("a", of=[rotation])(relative), check("b")(idle), check("c", of=[combine_log_probs])(pooled)
-print(examine.records)
+print(show.records)
 """
 
 
