@@ -114,7 +114,7 @@ class Examination:
                 raise Refused(f"calls {space['__name__']}.{code.co_qualname}",
                               "name it in of=[…], so that its mutants are tried")  # fmt: skip
             if not self.source.serves_as_input(sites):
-                helpers.append(code)
+                helpers += [f for f in gc.get_referrers(code) if inspect.isfunction(f)][:1]
         return helpers
 
     def mutate(self, helpers):
@@ -127,42 +127,31 @@ class Examination:
         self.own |= self.verdicts(self.function, self.source.own_mutants())
         self.theirs, self.left_out = {}, set()
         for function in self.functions:
-            self.theirs[function] = self.sample(function)
-        for code in helpers:
-            self.not_blind(code)
+            verdicts, left_out = self.sample(function, self.subset)
+            self.theirs[function] = verdicts
+            self.left_out |= {f"{function.__qualname__}: {name}" for name in left_out}
+        for function in helpers:
+            verdicts, _ = self.sample(function, 1)
+            if SURVIVED in verdicts.values() and REJECTED not in verdicts.values():
+                raise Refused(f"blind: no change of {function.__qualname__} is noticed",
+                              "(if it makes inputs, call it once for both sides, or hand it rng)")  # fmt: skip
         self.empty_caches()
         if not self.trial.survives():
             raise Refused("does not hold when it is run again: it changes something outside itself")
 
-    def sample(self, function):
-        """The verdicts on a function's mutants, all or a subset by hash in which at least one is rejected."""
-        found = self.mutants_of(function)
-        verdicts = {}
+    def sample(self, function, size):
+        """The verdicts on a function's mutants, all or ``size`` by hash and until one is rejected; what is left out."""
+        lines = self.watch.lines.get(function.__code__.co_filename, set())
+        found, verdicts = mutants.mutants_of(function, lines), {}
         for number, name in enumerate(sorted(found, key=lambda name: sha256(name.encode()).digest()), 1):
             verdicts |= self.verdicts(function, {name: found[name]})
-            if number >= (self.subset or len(found)) and REJECTED in verdicts.values():
+            if number >= (size or len(found)) and REJECTED in verdicts.values():
                 break
-        self.left_out |= {f"{function.__qualname__}: {name}" for name in found if name not in verdicts}
+        left_out = found.keys() - verdicts.keys()
         verdicts = {name: verdicts[name] for name in found if name in verdicts}
         if set(verdicts.values()) == {DID_NOT_RUN}:
-            verdicts |= self.verdicts(function, self.mutants_of(function, doubled=True))
-        return verdicts
-
-    def not_blind(self, code):
-        """A notebook's own function need not be named, but f(x) = f(x) must not pass."""
-        function = next(filter(inspect.isfunction, gc.get_referrers(code)))
-        survived = False
-        for name, compiled in self.mutants_of(function).items():
-            (verdict,) = self.verdicts(function, {name: compiled}).values()
-            if verdict == REJECTED:
-                return
-            survived |= verdict == SURVIVED
-        if survived:
-            raise Refused(f"blind: no change of {code.co_qualname} is noticed",
-                          "(if it makes inputs, call it once for both sides, or hand it rng)")  # fmt: skip
-
-    def mutants_of(self, function, doubled=False):
-        return mutants.mutants_of(function, self.watch.lines.get(function.__code__.co_filename, set()), doubled)
+            verdicts |= self.verdicts(function, mutants.mutants_of(function, lines, doubled=True))
+        return verdicts, left_out
 
     def verdicts(self, function, found):
         return {name: self.verdict(lambda compiled=compiled: mutants.swapped(function, compiled()))

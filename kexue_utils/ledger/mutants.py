@@ -13,8 +13,8 @@ import inspect
 import linecache
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from .errors import Refused
 
@@ -95,40 +95,37 @@ class Source:
 
     def compile(self, slot, new):
         """The function's code object with ``new`` in one place of its syntax tree."""
-        ast.fix_missing_locations(ast.copy_location(new, slot.node))
-        slot.put(new)
+        module = ast.Module([self.statement], [])
+        slot.container[slot.key] = ast.fix_missing_locations(ast.copy_location(new, slot.node))
         try:
-            module = ast.Module([self.statement], [])
-            stack = [compile(module, self.code.co_filename, "exec", self.code.co_flags & FLAGS, True)]
+            whole = compile(module, self.code.co_filename, "exec", self.code.co_flags & FLAGS, True)
         finally:
-            slot.put(slot.node)
-        while stack:
-            code = stack.pop()
+            slot.container[slot.key] = slot.node
+        for code in codes(whole):
             if (code.co_qualname, code.co_firstlineno) == (self.code.co_qualname, self.code.co_firstlineno):
                 return code
-            stack += filter(inspect.iscode, code.co_consts)
         raise Refused(f"{self.code.co_qualname}: its source text is not what was compiled")
+
+
+def codes(code):
+    """A code object and all within it."""
+    yield code
+    for constant in filter(inspect.iscode, code.co_consts):
+        yield from codes(constant)
 
 
 def first_line(node):
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place in the syntax tree; ``executed``: did the check run this line?"""
+class Slot(NamedTuple):
+    """A place in the syntax tree, ``container[key]``, and what is in it; ``executed``: did the check run this line?"""
 
-    parent: ast.AST
-    field: str
-    index: int | None
+    container: dict | list
+    key: str | int
     node: ast.AST
+    parent: ast.AST
     executed: bool
-
-    def put(self, node):
-        if self.index is None:
-            setattr(self.parent, self.field, node)
-        else:
-            getattr(self.parent, self.field)[self.index] = node
 
 
 def slots(root, lines, on=True):
@@ -143,12 +140,14 @@ def slots(root, lines, on=True):
     for field, value in ast.iter_fields(root):
         if field in SKIPPED_FIELDS:
             continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+        container, keys = (value, range(len(value))) if isinstance(value, list) else (vars(root), [field])
+        for key in keys:
+            child = container[key]
             if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr):
                 continue
             read = isinstance(child, ast.expr) and not isinstance(getattr(child, "ctx", None), (ast.Store, ast.Del))
             if read or isinstance(root, ast.AugAssign) and field == "op":
-                yield Slot(root, field, index, child, on)
+                yield Slot(container, key, child, root, on)
             yield from slots(child, lines, on)
 
 

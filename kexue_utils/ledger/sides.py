@@ -105,7 +105,7 @@ class CheckSource:
         return found
 
     def inlined(self, node):
-        """An expression with local names replaced by their values, those that are given one, once, and not by chance."""
+        """An expression with its local names replaced by their values, where these are given once and not by chance."""
         if any(isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) for n in own_scope(self.root)):
             return node  # a call for its effect: the same name need not be the same value
         count = Counter(b.name for b in self.bindings)

@@ -1,11 +1,12 @@
 """Traces a check: which lines ran, what it called from where in its source, and whether a mutant runs for ever."""
 
-import inspect
 import os
 import sys
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+
+from .mutants import codes
 
 HERE = str(Path(__file__).parent)
 packages = {__name__.partition(".")[0]}  # whose functions a check must name; add your own book's package
@@ -83,12 +84,6 @@ class Watch:
             yield
         finally:
             sys.settrace(before)
-
-
-def codes(code):
-    yield code
-    for constant in filter(inspect.iscode, code.co_consts):
-        yield from codes(constant)
 
 
 def package_path(file):

@@ -100,7 +100,7 @@ class TestBound:
         bundle = record(self.jensen([0, 0]))
         assert (bundle["kind"], bundle["evidence"]) == ("bound", "20 draws, attained")
         assert survivors(bundle["mutants"]) == [  # of 0
-            "+ → - in np.exp(x).mean() + np.dot(extra, [1, x.var()])",
+            "+ → - in np.exp(x).mean() + np.dot(extra, [1, x.var(…",
             "1 → 2 in [1, x.var()]",
             "1 → 0 in [1, x.var()]",
         ]

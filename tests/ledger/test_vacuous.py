@@ -347,7 +347,7 @@ def low_precision(dtype):
         (verdict_under_a_mask, "no change of the right side is noticed"),
         (same_expression_case_by_case, "both sides are the same expression"),
         (constant, "the same on every draw"),
-        (unused_rng, "rng is never used"),
+        (unused_rng, "the same on every draw"),
         (literal_left, "the left side is a literal"),
         (underflow, "the same on every draw"),
         (nearly_underflow, "both sides stay below 1e-09"),
