@@ -6,11 +6,13 @@ from copy import deepcopy
 from typing import NamedTuple
 
 from .errors import Refused
-from .mutants import Source, called, changes, named, slots
+from .mutants import MODULES, Source, called, changes, named, slots
 
 INPUTS = {"rng", "tight"}
 CONTAINERS = {"array", "asarray", "tensor", "Fraction", "Rational", "Integer", "Matrix"}
 VERDICTS = {"allclose", "array_equal", "array_equiv"}
+COPIES = {"copy", "clone", "detach", "array", "asarray", "tensor", "as_tensor", "simplify", "expand", "factor", "doit"}
+SIZES = {"abs", "norm", "max", "amax"}
 
 
 class Binding(NamedTuple):
@@ -47,6 +49,8 @@ class CheckSource:
                 raise Refused(f"both sides are the same expression, {self.source.text(left)}")
             if is_literal(self.inlined(left)):
                 raise Refused("the left side is a literal: nothing is computed")
+            if is_residual(self.inlined(left), self.inlined(right)):
+                raise Refused("the left side is a difference or ratio of both: return them as the two sides")
         for node in ast.walk(self.root):
             if isinstance(node, ast.Call) and called(node.func) in VERDICTS:
                 raise Refused(f"{called(node.func)} is a verdict: return both sides, they are compared for you")
@@ -121,6 +125,10 @@ class CheckSource:
                 values[node.id] = value
                 return new
 
+            def visit_Call(self, node):
+                node = self.generic_visit(node)
+                return argument(node) if called(node.func) in COPIES else node
+
         return Inline().visit(deepcopy(node))
 
 
@@ -174,6 +182,23 @@ def contains(node, site):
     """Does the source of a node hold the site (first line, last line, first column, last column)?"""
     first, last, start, end = site
     return (node.lineno, node.col_offset) <= (first, start) and (last, end) <= (node.end_lineno, node.end_col_offset)
+
+
+def argument(call):
+    """What a call works on: x in f(x), module.f(x), x.f(); of others, like x.f(y), the call itself."""
+    if call.args and (is_name(call.func) or names_in(call.func) <= MODULES | {"sp", "sympy"}):
+        return call.args[0]
+    return call if call.args else getattr(call.func, "value", call)
+
+
+def is_residual(left, right):
+    """a - b or its size against 0, or a / b against 1: then the right side says nothing."""
+    if isinstance(left, ast.BinOp) and isinstance(left.op, ast.Div):
+        return isinstance(right, ast.Constant) and right.value == 1
+    while isinstance(left, ast.Call) and called(left.func) in SIZES and argument(left) is not left:
+        left = argument(left)
+    difference = isinstance(left, ast.BinOp) and isinstance(left.op, ast.Sub)
+    return difference and isinstance(right, ast.Constant) and right.value == 0
 
 
 def is_literal(node):

@@ -244,6 +244,29 @@ def verdict_under_a_mask(rng):
     return np.isclose(2 * x, x + x) & mask, mask, ~mask
 
 
+def residual(rng):
+    x = rng.normal(size=9)
+    gap = np.sin(2 * x) - 2 * np.sin(x) * np.cos(x)
+    return np.abs(gap).max(), 0.0, 1.0
+
+
+def ratio(rng):
+    x = rng.normal(size=9)
+    return np.sin(2 * x).sum() / (2 * np.sin(x) * np.cos(x)).sum(), 1, 2.0
+
+
+def copied(rng):
+    x = rng.normal(size=9)
+    y = np.exp(x)
+    return y, y.copy(), x
+
+
+def simplified():
+    x = sp.Symbol("x")
+    slope = sp.diff(sp.sin(x) ** 2, x)
+    return slope, sp.simplify(slope), sp.sin(x)
+
+
 def same_expression_case_by_case(rng):
     for n in (2, 3):
         x = rng.normal(size=n)
@@ -346,6 +369,10 @@ def low_precision(dtype):
         (verdict_times_a_number, "allclose is a verdict"),
         (verdict_under_a_mask, "no change of the right side is noticed"),
         (same_expression_case_by_case, "both sides are the same expression"),
+        (residual, "a difference or ratio of both"),
+        (ratio, "a difference or ratio of both"),
+        (copied, "both sides are the same expression"),
+        (simplified, "both sides are the same expression"),
         (constant, "the same on every draw"),
         (unused_rng, "the same on every draw"),
         (literal_left, "the left side is a literal"),
@@ -446,6 +473,17 @@ class TestRightChecksPass:
             return before, after, x
 
         assert record(rebound)["state"] == "holds"
+
+    def test_sums_that_are_nought_or_one(self):
+        def deviations(rng):
+            x = rng.normal(size=5)
+            return (x - x.mean()).sum(), 0.0, x.sum()
+
+        def normalised(rng):
+            x = torch.from_numpy(rng.random(5)).expand(2, 5)
+            return (x / x.sum(1, keepdim=True)).sum(1), torch.ones(2).double().expand(2), x.sum(1)
+
+        assert record(deviations)["state"] == record(normalised)["state"] == "holds"
 
     def test_inputs_that_both_sides_share(self):
         def shared(rng):
