@@ -74,17 +74,16 @@ class Collection:
                 try:
                     bundles += self.read(path)
                 except (ValueError, KeyError, TypeError) as error:
-                    self.problems.append(f"{self.where(path)}: not a notebook ({type(error).__name__}: {error})")
+                    where = f"{folder.name}/{path.relative_to(folder).as_posix()}"
+                    self.problems.append(f"{where}: not a notebook ({type(error).__name__}: {error})")
         entered = [(where, bundle) for where, chapter, bundle in bundles if self.enter(where, chapter, bundle)]
         for where, bundle in entered:  # once it is known which check rejects what
             self.reasons(where, bundle)
 
-    def where(self, path):
-        return f"{self.folder.name}/{path.relative_to(self.folder).as_posix()}"
-
     def read(self, path):
         """Enters the equations of one notebook; returns its checks' records, [(where, chapter, bundle)]."""
-        where, chapter, bundles = self.where(path), path.relative_to(self.folder).with_suffix("").as_posix(), []
+        chapter, bundles = path.relative_to(self.folder).with_suffix("").as_posix(), []
+        where = f"{self.folder.name}/{chapter}.ipynb"
         for index, cell in enumerate(json.loads(path.read_text(encoding="utf-8"))["cells"], 1):
             source = "".join(cell["source"])
             if cell["cell_type"] == "markdown":

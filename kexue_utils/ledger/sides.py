@@ -44,16 +44,23 @@ class CheckSource:
         self.refuse_what_shows_nothing()
 
     def refuse_what_shows_nothing(self):
-        for left, right, *_ in self.rows:
-            if ast.dump(self.inlined(left)) == ast.dump(self.inlined(right)):
-                raise Refused(f"both sides are the same expression, {self.source.text(left)}")
-            if is_literal(self.inlined(left)):
+        for text, left, right in self.links():
+            if ast.dump(left) == ast.dump(right):
+                raise Refused(f"both sides are the same expression, {text}")
+            if is_literal(left):
                 raise Refused("the left side is a literal: nothing is computed")
-            if is_residual(self.inlined(left), self.inlined(right)):
+            if is_residual(left, right):
                 raise Refused("the left side is a difference or ratio of both: return them as the two sides")
         for node in ast.walk(self.root):
             if isinstance(node, ast.Call) and called(node.func) in VERDICTS:
                 raise Refused(f"{called(node.func)} is a verdict: return both sides, they are compared for you")
+
+    def links(self):
+        """(text of the left side, left, right), inlined, of every row; of a chain that is written out, link by link."""
+        for left, right, *_ in self.rows:
+            chain = isinstance(left, ast.Tuple) and isinstance(right, ast.Tuple) and len(left.elts) == len(right.elts)
+            for a, b in zip(left.elts, right.elts, strict=True) if chain else [(left, right)]:
+                yield self.source.text(a), self.inlined(a), self.inlined(b)
 
     def own_mutants(self):
         """{name: () → code}: of the right side, and of the assignments that it rests on and the left side does not."""

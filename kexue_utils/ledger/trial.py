@@ -58,13 +58,16 @@ class Trial:
             if any(len(mistakes) < self.mistakes for *_, mistakes in cases):
                 raise Refused("no classic mistake is returned: say what the equation is often confused with")
             for left, right, mistakes in cases:
-                if not self.case_holds(left, right, mistakes, draw, tight):
+                if not kinds.holds(self.kind, left, right, mistakes, tight, self.slack):
                     return draw, left, right
             if not tight:
                 self.cases += cases
                 values.add(tuple((kinds.frozen(left), kinds.frozen(right)) for left, right, _ in cases))
-            told.append([any(self.mistaken(left, right, mistakes[k], draw, tight) for left, right, mistakes in cases)
-                         for k in range(self.mistakes)])  # fmt: skip
+            told.append([
+                any(kinds.differs(self.kind, left, right, mistakes[k], tight, self.slack)
+                    for left, right, mistakes in cases)
+                for k in range(self.mistakes)
+            ])  # fmt: skip
         if self.has_rng and len(values) == 1 and len(told) > 1 + self.has_tight:
             raise Refused("both sides are the same on every draw: what is drawn never reaches them")
         for k, differs in enumerate(zip(*told, strict=True)):
@@ -74,18 +77,6 @@ class Trial:
         kinds.inspect(self.kind, self.cases, self.literal)
         self.zero = kinds.is_zero([right for _, right, _ in self.cases])
         return None
-
-    def mistaken(self, left, right, mistake, draw, tight):
-        if self.kind == "symbolic":
-            return not self.case_holds(left, mistake, (), draw, tight)
-        return kinds.differs(self.kind, left, right, mistake, tight, self.slack)
-
-    def case_holds(self, left, right, mistakes, draw, tight):
-        if self.kind != "symbolic":
-            return kinds.holds(self.kind, left, right, mistakes, tight, self.slack)
-        from . import symbolic
-
-        return all(symbolic.agree(a, b, np.random.default_rng([draw, 1])) for a, b in kinds.pairs(left, right))
 
     def prove(self):
         """The rung of sympy's ladder that proves every case; None if one is out of its reach."""
@@ -100,7 +91,7 @@ class Trial:
         for draw, tight in self.schedule():
             for left, right, mistakes in self.call(draw, tight):
                 right = kinds.changed(right, change) if change else right
-                if not self.case_holds(left, right, mistakes, draw, tight):
+                if not kinds.holds(self.kind, left, right, mistakes, tight, self.slack):
                     return False
         return True
 

@@ -267,6 +267,11 @@ def simplified():
     return slope, sp.simplify(slope), sp.sin(x)
 
 
+def same_expression_in_a_chain(rng):
+    x = rng.normal()
+    return (np.sin(2 * x), x), (2 * np.sin(x) * np.cos(x), x), (np.sin(x), x)
+
+
 def same_expression_case_by_case(rng):
     for n in (2, 3):
         x = rng.normal(size=n)
@@ -368,6 +373,7 @@ def low_precision(dtype):
         (verdict_as_number, "the same on every draw"),
         (verdict_times_a_number, "allclose is a verdict"),
         (verdict_under_a_mask, "no change of the right side is noticed"),
+        (same_expression_in_a_chain, "both sides are the same expression, x"),
         (same_expression_case_by_case, "both sides are the same expression"),
         (residual, "a difference or ratio of both"),
         (ratio, "a difference or ratio of both"),
