@@ -62,10 +62,13 @@ def difference(left, right):
         a, b = kinds.aligned(a, b)
         with np.errstate(invalid="ignore"):
             gap = np.nan_to_num(np.abs(a * 1.0 - b).astype(float), nan=np.inf).reshape(-1)
-        if gap.max(initial=0) > 0:
+        if gap.max(initial=0) > 0 and not (a.dtype.kind in "fc" and kinds.close(a, b)):
             worst = int(gap.argmax())
             at = f" at {tuple(map(int, np.unravel_index(worst, a.shape)))}" if a.ndim else ""
             x, y = (value.astype(object).reshape(-1)[worst] for value in (a, b))
-            show = [str(v) if isinstance(v, (Fraction, int)) else f"{v:.6g}" for v in (x, y)]
+            for digits in (6, 12, 17):  # as many as it takes to see the difference
+                show = [str(v) if isinstance(v, (Fraction, int)) else f"{v:.{digits}g}" for v in (x, y)]
+                if show[0] != show[1]:
+                    break
             return f"left   {show[0]}{at}", f"right  {show[1]}"
     return "left and right differ by less than a float can tell",
