@@ -19,7 +19,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
 def take(root: Path, label: str) -> None:
-    """Write `PICTURE`: equation `label`, its check opened, between the paragraph before and the one after."""
+    """Write `PICTURE`: equation `label`, its check opened, under the paragraph that leads to it."""
     home = [name for name in chapters(root) if label in labels(text_path(root, name).read_text(encoding="utf-8"))]
     if not home:
         raise SystemExit(f"--label {label}: no chapter has an equation of that name")
@@ -31,12 +31,13 @@ def take(root: Path, label: str) -> None:
         page.goto(address)
         page.evaluate("Promise.all([document.fonts.ready, MathJax.startup.promise])")
         equation = page.locator(f".ledger-equation:has(#equation-{label})")
-        equation.locator("xpath=following-sibling::*[1]").locator("summary").click()
+        check = equation.locator("xpath=following-sibling::*[1]")
+        check.locator("summary").click()
         page.mouse.move(0, 0)  # a link under the mouse looks different
         # The bar at the top of the page would lie over the text.
         page.add_style_tag(content=".bd-header-article, .copybtn { display: none !important; }")
         first = equation.locator("xpath=preceding-sibling::p[1]").bounding_box()
-        last = equation.locator("xpath=following-sibling::p[1]").bounding_box()
+        last = check.bounding_box()
         clip = {
             "x": first["x"] - MARGIN,
             "y": first["y"] + page.evaluate("window.scrollY") - MARGIN,

@@ -12,7 +12,7 @@ import sympy as sp
 import torch
 
 from kexue_utils.attention.naive_bayes_attention import combine_log_probs, strict_naive_bayes
-from kexue_utils.ledger import Mean, Slope, check, examine
+from kexue_utils.ledger import Mean, Slope, check, show
 
 SIZES = (2, 5, 9)  # of the vectors, by which the numeric checks are repeated
 
@@ -153,11 +153,11 @@ def main():
         start = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             check(f"{function.__name__}-{number}", of=of)(function)
-        seconds, bundle = time.process_time() - start, examine.records[-1]
+        seconds, bundle = time.process_time() - start, show.records[-1]
         mutants = len(bundle["mutants"]) + sum(map(len, bundle["functions"].values()))
         total, count = total + seconds, count + mutants
         print(f"{function.__name__:14}{bundle['kind']:13}{mutants:8}{seconds:8.2f}")
-    print(f"{len(examine.records)} checks{count:25}{total:8.2f}")
+    print(f"{len(show.records)} checks{count:25}{total:8.2f}")
 
 
 if __name__ == "__main__":

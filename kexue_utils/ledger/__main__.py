@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from collections import Counter
 from pathlib import Path
 
 from . import register
@@ -11,17 +10,13 @@ from .collect import Refused, collect
 
 def status(ledger):
     """The register in a few lines of text: coverage, kinds, both mutation scores, survivors."""
-    checks = register.checks(ledger)
-    kinds = Counter(check["kind"] for check in checks.values())
-    own = register.score(v for check in checks.values() for v in check["mutants"].values())
-    shared = register.score(v for mutants in ledger["functions"].values() for v in register.verdicts(mutants).values())
+    kinds, own, shared = register.totals(ledger)
     rows = [("equations checked", f"{len(register.covered(ledger))}/{len(ledger['equations'])}")]
     rows += [(f"  {kind}", kinds[kind]) for kind in register.KINDS if kinds[kind]]
     rows += [("mutants of equations rejected", "{}/{}".format(*own))]
     rows += [("mutants of functions rejected", "{}/{}".format(*shared))]
     lines = [f"{name:<32}{value}" for name, value in rows]
-    for label in sorted(ledger["equations"].keys() - checks.keys()):
-        lines.append(f"unchecked  {label}")
+    lines += [f"unchecked  {label}" for label in sorted(ledger["equations"].keys() - register.checks(ledger).keys())]
     for labels, function, mutant, reason in register.survivors(ledger):
         lines.append(f"survivor   {function or labels[0]}: {mutant}  ({reason or 'NO REASON'})")
     return "\n".join(lines)
@@ -29,7 +24,7 @@ def status(ledger):
 
 def main(arguments=None):
     """Runs one command and returns its exit status: 0, or 1 where something is refused."""
-    parser = argparse.ArgumentParser(prog="python -m kexue_utils.ledger", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("collect", help="write the register from the executed notebooks")
     one.add_argument("--notebooks", type=Path, default="notebooks", metavar="DIR")
@@ -43,17 +38,15 @@ def main(arguments=None):
         if given.command == "status":
             print(status(ledger))
             return 0
-        accept = [label.strip() for label in given.accept.split(",") if label.strip()]
-        text = register.dump(collect(given.notebooks, ledger, accept))
+        text = register.dump(collect(given.notebooks, ledger, given.accept.replace(",", " ").split()))
     except (Refused, ValueError) as refusal:
         print(refusal, file=sys.stderr)
         return 1
-    if given.check:
-        if not given.out.exists() or text != given.out.read_text(encoding="utf-8"):
-            print(f"{given.out} is not what the notebooks say; run `make ledger`", file=sys.stderr)
-            return 1
-    else:
+    if not given.check:
         given.out.write_text(text, encoding="utf-8")
+    elif not given.out.exists() or text != given.out.read_text(encoding="utf-8"):
+        print(f"{given.out} is not what the notebooks say; run {register.COLLECT} and commit it", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -1,7 +1,9 @@
 """A small layered drawing of a graph without circles, as inline SVG whose nodes are links."""
 
-from html import escape
+from graphlib import TopologicalSorter
 from statistics import mean
+
+from markupsafe import Markup as HTML
 
 
 def draw(uses, nodes):
@@ -13,16 +15,17 @@ def draw(uses, nodes):
         for (x, y), (to_x, to_y) in zip(points, points[1:], strict=False):
             half = (y + to_y) // 2
             d += f"V{to_y}" if x == to_x else f"C{x} {half} {to_x} {half} {to_x} {to_y}"
-        parts.append(f'<path d="{d}"/>')
+        parts.append(HTML('<path d="{}"/>').format(d))
     for node, (x, y, wide) in boxes.items():
         text, href, tone, title = nodes[node]
         parts.append(
-            f'<a href="{escape(href)}" class="{tone}"><title>{escape(title)}</title>'
-            f'<rect x="{x - wide / 2:g}" y="{y - 14}" width="{wide:g}" height="28" rx="5"/>'
-            f'<text x="{x}" y="{y + 4}">{escape(text)}</text></a>'
+            HTML(
+                '<a href="{}" class="{}"><title>{}</title><rect x="{:g}" y="{}" width="{:g}" height="28" rx="5"/>'
+                '<text x="{}" y="{}">{}</text></a>'
+            ).format(href, tone, title, x - wide / 2, y - 14, wide, x, y + 4, text)
         )
-    size = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
-    return f"<svg {size}>{''.join(parts)}</svg>"
+    svg = HTML('<svg width="{0}" height="{1}" viewBox="0 0 {0} {1}">{2}</svg>')
+    return svg.format(width, height, HTML("").join(parts))
 
 
 def layout(uses, width, gap=16, pitch=66):
@@ -31,14 +34,10 @@ def layout(uses, width, gap=16, pitch=66):
     uses: {node: nodes}; width: {node: pixels}. Returns ({node: (middle, middle, width)}, polylines, width, height).
     An edge that crosses a row passes through a waypoint of its own there, so that it runs behind no box.
     """
-    depth = {}
-
-    def level(node):
-        if node not in depth:
-            depth[node] = 1 + max(map(level, uses[node]), default=-1)
-        return depth[node]
-
-    for node in sorted(uses, key=level, reverse=True):  # as far down as its users allow: short edges
+    depth, order = {}, list(TopologicalSorter(uses).static_order())
+    for node in order:
+        depth[node] = 1 + max((depth[other] for other in uses[node]), default=-1)
+    for node in reversed(order):  # as far down as its users allow: short edges
         depth[node] = min((depth[user] - 1 for user in uses if node in uses[user]), default=depth[node])
     rows = [[n for n in uses if depth[n] == i] for i in range(max(depth.values()) + 1)]
     chains, near = [], {}
@@ -65,11 +64,7 @@ def layout(uses, width, gap=16, pitch=66):
                 x[n] += shift
     start = min(x[n] - half[n] for n in x) - 4
     at = {n: (round(x[n] - start), 20 + pitch * i) for i, row in enumerate(rows) for n in row}
-    lines = []
-    for (
-        chain
-    ) in chains:  # from the lower edge of one box to the upper edge of the other, upright past the boxes between
-        points = [(at[n][0], at[n][1] + side) for n in chain for side in (-14, 14)]
-        lines.append(points[1:-1])
+    # From the lower edge of one box to the upper edge of the other, upright past the boxes between.
+    lines = [[(at[n][0], at[n][1] + side) for n in chain for side in (-14, 14)][1:-1] for chain in chains]
     right = max(x[n] + half[n] for n in x) - start + 4
     return {n: (*at[n], width[n]) for n in uses}, lines, round(right), pitch * len(rows) - pitch + 40

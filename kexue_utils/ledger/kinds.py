@@ -3,6 +3,7 @@
 Tolerances live here and nowhere else.
 """
 
+import re
 import sys
 from collections.abc import Iterable
 from fractions import Fraction
@@ -53,14 +54,12 @@ class Slope:
 def to_array(side):
     """A side as a numpy array; float32 and lower are refused, because their rounding hides small errors."""
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(side, torch.Tensor):
-        low = (side.is_floating_point() or side.is_complex()) and side.dtype not in (torch.float64, torch.complex128)
-        dtype, side = side.dtype, None if low else side.detach().resolve_conj().resolve_neg().cpu().numpy()
-    else:
-        side = np.asarray(side)
-        dtype, low = side.dtype, side.dtype.kind in "fc" and side.dtype.char not in "dD"
-    if low:
+    is_tensor = torch is not None and isinstance(side, torch.Tensor)
+    dtype = str(side.dtype if is_tensor else (side := np.asarray(side)).dtype)
+    if re.search(r"float|complex", dtype) and not dtype.endswith(("float64", "complex128")):
         raise Refused(f"a side is {dtype}: numeric checks are float64 only")
+    if is_tensor:
+        side = side.detach().resolve_conj().resolve_neg().cpu().numpy()
     if side.dtype.kind not in "biufcO" or side.dtype == object and not all(isinstance(x, Number) for x in side.flat):
         raise Refused(f"a side is not made of numbers: {side.reshape(-1)[:1].tolist()!r:.40}")
     if side.dtype == object and not is_exact(side):  # Fractions among floats; a numpy integer among Fractions
@@ -127,6 +126,10 @@ def close(left, right, slack=0.0):
 
 def holds(kind, left, right, mistakes=(), tight=False, slack=0.0):
     """Does one case hold under the rule of its kind?"""
+    if kind == "symbolic":
+        from .symbolic import agree  # loads sympy
+
+        return all(agree(a, b, np.random.default_rng([0, 1])) for a, b in pairs(left, right))
     return all(link_holds(kind, a, b, mistakes, tight, slack) for a, b in pairs(left, right))
 
 
@@ -158,7 +161,7 @@ def differs(kind, left, right, mistake, tight=False, slack=0.0):
     """Does a classic mistake differ from the left side in this case? (In a rate it sets the tolerance.)"""
     if kind == "rate":
         return right != mistake
-    for a, b in pairs(left, mistake):
+    for a, b in pairs(left, mistake) if kind != "symbolic" else ():
         if not np.isfinite(aligned(a, b)[1].astype(complex)).all():
             raise Refused("a classic mistake is not finite: nothing is compared")
     if kind == "statistical":

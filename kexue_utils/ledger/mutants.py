@@ -13,8 +13,6 @@ import inspect
 import linecache
 from collections import Counter
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -29,11 +27,9 @@ TWINS = {a: b for pair in [("sin", "cos"), ("exp", "expm1"), ("log", "log1p"), (
                            ("amax", "amin"), ("argmax", "argmin"), ("maximum", "minimum"), ("cumsum", "cumprod"),
                            ("softmax", "log_softmax"), ("zeros_like", "ones_like"), ("zeros", "ones")]
          for a, b in (pair, pair[::-1])}  # fmt: skip
-DROPPED_ATTRIBUTES, DROPPED_CALLS = {"T", "mT", "H", "mH"}, {"conj", "conjugate", "transpose"}
-MODULES = {"np", "numpy", "torch", "jnp"}
-CONTAINERS = {"array", "asarray", "tensor", "Fraction", "Rational", "Integer", "Matrix"}
+DROPPED_CALLS, MODULES = {"conj", "conjugate", "transpose"}, {"np", "numpy", "torch", "jnp"}
+LOAD = ast.Load()
 FLAGS = sum(getattr(__future__, name).compiler_flag for name in __future__.all_feature_names)
-INPUTS = {"rng", "tight"}
 SKIPPED_STATEMENTS = (ast.Raise, ast.Assert, ast.Import, ast.ImportFrom)
 SKIPPED_FIELDS = {"annotation", "returns", "decorator_list", "defaults", "kw_defaults", "type_comment", "ctx"}
 
@@ -62,10 +58,15 @@ def functions_of(item):
             function = layers(member)
         except TypeError:  # a constant, a C function
             continue
-        generated = function[-1].__code__.co_filename.startswith("<string")  # by a dataclass
-        if function[-1].__module__ == item.__module__ and not generated and function not in found:
+        code = function[-1].__code__
+        if function[-1].__module__ == item.__module__ and not is_generated(code) and function not in found:
             found.append(function)
     return found
+
+
+def is_generated(code):
+    """Was it written by a program, as the methods of a dataclass are?"""
+    return code.co_filename.startswith("<string")
 
 
 class Source:
@@ -94,40 +95,37 @@ class Source:
 
     def compile(self, slot, new):
         """The function's code object with ``new`` in one place of its syntax tree."""
-        ast.fix_missing_locations(ast.copy_location(new, slot.node))
-        slot.put(new)
+        module = ast.Module([self.statement], [])
+        slot.container[slot.key] = ast.fix_missing_locations(ast.copy_location(new, slot.node))
         try:
-            module = ast.Module([self.statement], [])
-            stack = [compile(module, self.code.co_filename, "exec", self.code.co_flags & FLAGS, True)]
+            whole = compile(module, self.code.co_filename, "exec", self.code.co_flags & FLAGS, True)
         finally:
-            slot.put(slot.node)
-        while stack:
-            code = stack.pop()
+            slot.container[slot.key] = slot.node
+        for code in codes(whole):
             if (code.co_qualname, code.co_firstlineno) == (self.code.co_qualname, self.code.co_firstlineno):
                 return code
-            stack += filter(inspect.iscode, code.co_consts)
         raise Refused(f"{self.code.co_qualname}: its source text is not what was compiled")
+
+
+def codes(code):
+    """A code object and all within it."""
+    yield code
+    for constant in filter(inspect.iscode, code.co_consts):
+        yield from codes(constant)
 
 
 def first_line(node):
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place in the syntax tree; ``executed``: did the check run this line?"""
+class Slot(NamedTuple):
+    """A place in the syntax tree, ``container[key]``, and what is in it; ``executed``: did the check run this line?"""
 
-    parent: ast.AST
-    field: str
-    index: int | None
+    container: dict | list
+    key: str | int
     node: ast.AST
+    parent: ast.AST
     executed: bool
-
-    def put(self, node):
-        if self.index is None:
-            setattr(self.parent, self.field, node)
-        else:
-            getattr(self.parent, self.field)[self.index] = node
 
 
 def slots(root, lines, on=True):
@@ -142,12 +140,14 @@ def slots(root, lines, on=True):
     for field, value in ast.iter_fields(root):
         if field in SKIPPED_FIELDS:
             continue
-        for index, child in enumerate(value) if isinstance(value, list) else [(None, value)]:
+        container, keys = (value, range(len(value))) if isinstance(value, list) else (vars(root), [field])
+        for key in keys:
+            child = container[key]
             if not isinstance(child, ast.AST) or isinstance(child, ast.JoinedStr):
                 continue
             read = isinstance(child, ast.expr) and not isinstance(getattr(child, "ctx", None), (ast.Store, ast.Del))
             if read or isinstance(root, ast.AugAssign) and field == "op":
-                yield Slot(root, field, index, child, on)
+                yield Slot(container, key, child, root, on)
             yield from slots(child, lines, on)
 
 
@@ -169,52 +169,48 @@ def changes(node, parent, source):
         text = source.text(node)
         return text if len(text) <= 44 else text[:43] + "…"
 
-    if isinstance(node, ast.operator) and type(node) in ARITHMETIC:  # of an augmented assignment
-        other = ARITHMETIC[type(node)]
-        yield f"{SYMBOL[type(node)]}= → {SYMBOL[other]}= in {short(parent)}", other()
-    elif isinstance(node, ast.BinOp):
-        kind = type(node.op)
-        if kind in ARITHMETIC:
-            other = ARITHMETIC[kind]
-            yield f"{SYMBOL[kind]} → {SYMBOL[other]} in {short(node)}", ast.BinOp(node.left, other(), node.right)
-        if kind is ast.Sub:
-            yield f"swap {short(node)}", ast.BinOp(node.right, ast.Sub(), node.left)
-        if kind is ast.MatMult:  # two vectors commute: the swap must not count as a survivor
-            swapped = ast.Name("__swapped_matmul__", ast.Load())
-            yield f"swap {short(node)}", ast.Call(swapped, [node.left, node.right], [])
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        yield f"drop - of {short(node)}", node.operand
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISON:
-        kind = type(node.ops[0])
-        new = ast.Compare(node.left, [COMPARISON[kind](), *node.ops[1:]], node.comparators)
-        yield f"{SYMBOL[kind]} → {SYMBOL[COMPARISON[kind]]} in {short(node)}", new
-    elif isinstance(node, ast.Constant) and type(node.value) in (int, float, complex):
-        where = f" in {short(parent)}" if isinstance(parent, (ast.expr, ast.keyword)) else ""
-        values = [node.value + 1, node.value - 1] if type(node.value) is int else [2 * node.value or 1.0]
-        for value in values:
-            yield f"{source.text(node)} → {value!r}{where}", ast.Constant(value)
-    elif isinstance(node, ast.Attribute) and node.attr in DROPPED_ATTRIBUTES:
-        yield f"drop .{node.attr} of {short(node)}", node.value
-    elif isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-        if name in DROPPED_CALLS and isinstance(node.func, ast.Attribute):
-            module = getattr(node.func.value, "id", None) in MODULES and node.args
-            yield f"drop {name} of {short(node)}", node.args[0] if module else node.func.value
-        twin = TWINS.get(name)
-        if twin and (isinstance(node.func, ast.Attribute) or twin in source.names):  # there is no builtin mean
-            func = (ast.Attribute(node.func.value, twin, ast.Load()) if isinstance(node.func, ast.Attribute)
-                    else ast.Name(twin, ast.Load()))  # fmt: skip
-            yield f"{name} → {twin} in {short(node)}", ast.Call(func, node.args, node.keywords)
-    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) and len(node.slice.elts) == 2:
-        a, b = node.slice.elts
-        if ast.dump(a) != ast.dump(b):
-            yield f"swap indices of {short(node)}", ast.Subscript(node.value, ast.Tuple([b, a], ast.Load()), ast.Load())
+    match node:
+        case ast.operator() if type(node) in ARITHMETIC:  # of an augmented assignment
+            other = ARITHMETIC[type(node)]
+            yield f"{SYMBOL[type(node)]}= → {SYMBOL[other]}= in {short(parent)}", other()
+        case ast.BinOp(left, op, right):
+            if other := ARITHMETIC.get(type(op)):
+                yield f"{SYMBOL[type(op)]} → {SYMBOL[other]} in {short(node)}", ast.BinOp(left, other(), right)
+            if isinstance(op, ast.Sub):
+                yield f"swap {short(node)}", ast.BinOp(right, op, left)
+            if isinstance(op, ast.MatMult):  # two vectors commute: the swap must not count as a survivor
+                yield f"swap {short(node)}", ast.Call(ast.Name("__swapped_matmul__", LOAD), [left, right], [])
+        case ast.UnaryOp(ast.USub(), operand):
+            yield f"drop - of {short(node)}", operand
+        case ast.Compare(left, [op, *ops], others) if (other := COMPARISON.get(type(op))):
+            yield f"{SYMBOL[type(op)]} → {SYMBOL[other]} in {short(node)}", ast.Compare(left, [other(), *ops], others)
+        case ast.Constant(int() | float() | complex() as value) if not isinstance(value, bool):
+            where = f" in {short(parent)}" if isinstance(parent, (ast.expr, ast.keyword)) else ""
+            for new in [value + 1, value - 1] if isinstance(value, int) else [2 * value or 1.0]:
+                yield f"{source.text(node)} → {new!r}{where}", ast.Constant(new)
+        case ast.Attribute(value, "T" | "mT" | "H" | "mH" as name):
+            yield f"drop .{name} of {short(node)}", value
+        case ast.Call(func, arguments, keywords):
+            name, method = called(func), isinstance(func, ast.Attribute)
+            if method and name in DROPPED_CALLS:
+                of_module = getattr(func.value, "id", None) in MODULES and arguments  # np.conj(x), not x.conj()
+                yield f"drop {name} of {short(node)}", arguments[0] if of_module else func.value
+            if (twin := TWINS.get(name)) and (method or twin in source.names):  # there is no builtin mean
+                new = ast.Attribute(func.value, twin, LOAD) if method else ast.Name(twin, LOAD)
+                yield f"{name} → {twin} in {short(node)}", ast.Call(new, arguments, keywords)
+        case ast.Subscript(value, ast.Tuple([a, b])) if ast.dump(a) != ast.dump(b):
+            yield f"swap indices of {short(node)}", ast.Subscript(value, ast.Tuple([b, a], LOAD), LOAD)
+
+
+def called(func):
+    """The name at the end of what is called: f, x.f, module.f."""
+    return getattr(func, "attr", getattr(func, "id", None))
 
 
 def doubled_result(node, parent, source):
     """The mutant of a function that has no other, or none that runs."""
     if isinstance(parent, ast.Return):
-        yield "double the result", ast.Call(ast.Name("__doubled__", ast.Load()), [node], [])
+        yield "double the result", ast.Call(ast.Name("__doubled__", LOAD), [node], [])
 
 
 def mutants_of(function, lines, doubled=False):
@@ -235,156 +231,6 @@ def named(source, places, variants):
             if place.executed:
                 found[what if count[what] == 1 else f"{what} ({count[what]})"] = partial(source.compile, place, new)
     return found
-
-
-class CheckSource:
-    """What a check returns, and which of its expressions the right side alone is made of."""
-
-    def __init__(self, function):
-        self.source = Source(function)
-        self.root = self.source.node
-        self.bindings = [b for node in ast.walk(self.root) if node is not self.root for b in bound_by(node)]
-        self.straight = not any(isinstance(n, (ast.For, ast.While)) for n in own_scope(self.root))
-        results = [n.value for n in own_scope(self.root) if isinstance(n, (ast.Return, ast.Yield)) and n.value]
-        self.rows = [r.elts for r in results if isinstance(r, ast.Tuple) and len(r.elts) >= 2]
-        starred = any(isinstance(side, ast.Starred) for row in self.rows for side in row[:2])
-        if not results or len(self.rows) != len(results) or starred:
-            raise Refused("write the two sides out: return left, right, mistake")
-        self.literal = all(is_literal(self.inlined(row[1])) for row in self.rows)
-        self.mistakes = min(len(row) - 2 for row in self.rows)
-        self.columns = [row[0] for row in self.rows], [row[1] for row in self.rows], sum((r[2:] for r in self.rows), [])
-        for left, right, *_ in self.rows:
-            if ast.dump(self.inlined(left)) == ast.dump(self.inlined(right)):
-                raise Refused(f"both sides are the same expression, {self.source.text(left)}")
-            if is_literal(self.inlined(left)):
-                raise Refused("the left side is a literal: nothing is computed")
-
-    def own_mutants(self):
-        """{name: () → code}: of the right side, and of the assignments that it rests on and the left side does not."""
-        left, right = ({id(n) for value in self.reach(roots) for n in ast.walk(value)} for roots in self.columns[:2])
-        places = [s for s in slots(self.root, None)
-                  if id(s.parent.value if isinstance(s.parent, ast.AugAssign) else s.node) in right - left]  # fmt: skip
-        return named(self.source, places, changes)
-
-    def only_in_mistakes(self):
-        """Names that serve a classic mistake alone: the two sides can't notice a change of such a function."""
-        left, right, mistakes = map(self.used, self.columns)
-        return identifiers(mistakes) - identifiers(left | right)
-
-    def only_in_inputs(self):
-        """Names that occur only where both sides share the result."""
-        left, right, _ = map(self.used, self.columns)
-        return identifiers(left & right) - identifiers(left ^ right)
-
-    def used(self, roots):
-        return {n for value in self.reach(roots, inputs=True) for n in ast.walk(value)}
-
-    def reach(self, roots, inputs=False):
-        """``roots`` and the local values that they rest on; values made with rng or tight are inputs."""
-        found, todo = list(roots), list(roots)
-        while todo:
-            user = todo.pop()
-            for name in names_in(user):
-                for value in self.values(name, user):
-                    if value not in found and (inputs or not INPUTS & names_in(value)):
-                        found.append(value)
-                        todo.append(value)
-        return found
-
-    def values(self, name, user):
-        """What a local name may stand for where ``user`` uses it: without loops, not what is assigned later or lost."""
-        bindings = [b for b in self.bindings if b.name == name]
-        if self.straight and not isinstance(user, ast.FunctionDef):
-            bindings = [b for b in bindings if b.value.lineno < user.lineno or isinstance(b.value, ast.FunctionDef)]
-            last = max((b.value.lineno for b in bindings if b.replaces), default=0)
-            bindings = [b for b in bindings if b.value.lineno >= last]
-        return [b.value for b in bindings]
-
-    def inlined(self, node):
-        """An expression with local names replaced by their values, where the check is nothing but assignments."""
-        if not all(isinstance(s, (ast.Assign, ast.FunctionDef, ast.Return)) for s in self.root.body):
-            return node
-        count = Counter(b.name for b in self.bindings)
-        values = {b.name: b.value for b in self.bindings
-                  if b.whole and count[b.name] == 1 and not INPUTS & names_in(b.value)}  # fmt: skip
-
-        class Inline(ast.NodeTransformer):
-            def visit_Name(self, node):
-                value = values.pop(node.id, None)  # popped: a name within its own value stays
-                if value is None:
-                    return node
-                new = self.visit(deepcopy(value))
-                values[node.id] = value
-                return new
-
-        return Inline().visit(deepcopy(node))
-
-
-class Binding(NamedTuple):
-    """``name`` is given ``value``, or a part of it (not ``whole``), in place of what it was or in addition to it."""
-
-    name: str
-    value: ast.AST
-    whole: bool = False
-    replaces: bool = False
-
-
-def bound_by(node):
-    """The bindings of local names that a node makes. A loop over cases, written out or yielded, is an input."""
-    links = []
-    if isinstance(node, ast.Assign):
-        links = [(target, node.value) for target in node.targets]
-    elif isinstance(node, (ast.AugAssign, ast.AnnAssign, ast.NamedExpr)) and node.value is not None:
-        links = [(node.target, node.value)]
-    elif isinstance(node, ast.For):
-        cases = is_literal(node.iter) or any(isinstance(n, ast.Yield) for n in own_scope(node))
-        links = [] if cases else [(node.target, node.iter)]
-    elif isinstance(node, ast.withitem) and node.optional_vars is not None:
-        links = [(node.optional_vars, node.context_expr)]
-    elif isinstance(node, ast.FunctionDef):
-        yield Binding(node.name, node)
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and isinstance(node.value.func, ast.Attribute):
-        links = [(node.value.func.value, node.value)]  # terms.append(x)
-    for target, value in links:
-        if isinstance(target, (ast.Tuple, ast.List)):
-            same = isinstance(value, (ast.Tuple, ast.List)) and len(value.elts) == len(target.elts)
-            part = value if isinstance(value, ast.Starred) else ast.Starred(value)
-            links += zip(target.elts, value.elts if same else [part] * len(target.elts), strict=True)
-            continue
-        whole = isinstance(target, ast.Name) and isinstance(node, ast.Assign)
-        while isinstance(target, (ast.Subscript, ast.Attribute, ast.Starred)):
-            target, whole = target.value, False
-        if isinstance(target, ast.Name):
-            part = isinstance(value, ast.Starred)
-            yield Binding(target.id, value.value if part else value, whole and not part, whole)
-
-
-def own_scope(node):
-    """The nodes of a function, without those of functions within it."""
-    for child in ast.iter_child_nodes(node):
-        yield child
-        if not isinstance(child, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
-            yield from own_scope(child)
-
-
-def identifiers(nodes):
-    return {getattr(n, "attr", getattr(n, "id", None)) for n in nodes} - {None}
-
-
-def names_in(node):
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-
-
-def is_literal(node):
-    """Numbers only: 2, -1.5, [1, 2], (1, 2), array([1, 2]), Fraction(1, 3)."""
-    if isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
-        return name in CONTAINERS and all(map(is_literal, node.args))
-    if isinstance(node, ast.UnaryOp):
-        return is_literal(node.operand)
-    if isinstance(node, (ast.Tuple, ast.List)):
-        return all(map(is_literal, node.elts))
-    return isinstance(node, ast.Constant)
 
 
 @contextmanager

@@ -2,10 +2,12 @@
 
 import json
 from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 SCHEMA = 1
 BUNDLE = "application/vnd.derivation-ledger+json"
+COLLECT = f"`python -m {__package__} collect`"  # what messages tell to run
 KINDS = {
     "symbolic": "Both sides are expressions: equal at 32 random points and proved equal by computer algebra.",
     "exact": "Integers, fractions or whole enumerations, without rounding: equal in every case tried.",
@@ -19,20 +21,17 @@ KINDS = {
 
 
 def read(path):
-    """The register at `path`, or an empty one where there is no file.
-
-    Raises ValueError where the file is no register of this schema.
-    """
+    """The register at `path`, or an empty one where there is no file; ValueError where the file is something else."""
     path = Path(path)
     if not path.exists():
         return {"schema": SCHEMA, "equations": {}, "functions": {}}
     try:
         ledger = json.loads(path.read_text(encoding="utf-8"))
-        if ledger["schema"] == SCHEMA and ledger["equations"].keys() and ledger["functions"].keys() >= set():
+        if ledger["schema"] == SCHEMA and {"equations", "functions"} <= ledger.keys():
             return ledger
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError(f"{path.name}: not a ledger of schema {SCHEMA}; collect it again (`make ledger`)")
+    raise ValueError(f"{path.name}: not a ledger of schema {SCHEMA}; make it anew with {COLLECT}")
 
 
 def dump(ledger):
@@ -42,7 +41,7 @@ def dump(ledger):
 
 def checks(ledger):
     """{label: check} of the equations that have one; those with none are left out."""
-    return {label: entry["check"] for label, entry in ledger["equations"].items() if entry["check"]}
+    return {label: entry["check"] for label, entry in sorted(ledger["equations"].items()) if entry["check"]}
 
 
 def covered(ledger):
@@ -60,60 +59,38 @@ def verdicts(mutants):
     """{mutant: verdict} over the whole book of one function: a single check that rejects a mutant is enough."""
     return {
         name: "rejected" if seen["rejected_by"] else "survived" if seen["survives"] else "did not run"
-        for name, seen in mutants.items()
+        for name, seen in sorted(mutants.items())
     }
+
+
+def totals(ledger):
+    """Number of checks by kind, and the two mutation scores (rejected, counted): of equations, of functions."""
+    own = [verdict for check in checks(ledger).values() for verdict in check["mutants"].values()]
+    shared = [verdict for mutants in ledger["functions"].values() for verdict in verdicts(mutants).values()]
+    return Counter(check["kind"] for check in checks(ledger).values()), score(own), score(shared)
 
 
 def survivors(ledger):
     """(labels, function or None, mutant, reason or None) of every mutant that no check rejects, in order."""
-    for label, check in sorted(checks(ledger).items()):
+    for label, check in checks(ledger).items():
         for name, verdict in sorted(check["mutants"].items()):
             if verdict == "survived":
                 yield [label], None, name, check["same"].get(name)
     for function, mutants in sorted(ledger["functions"].items()):
-        for name, verdict in sorted(verdicts(mutants).items()):
+        for name, verdict in verdicts(mutants).items():
             if verdict == "survived":
                 yield mutants[name]["survives"], function, name, mutants[name].get("reason")
 
 
-def blind(ledger):
-    """(label, function) of every check that rejects no mutant of a function that it names."""
-    for label, check in sorted(checks(ledger).items()):
-        for function in check["of"]:
-            mutants = ledger["functions"].get(function, {})
-            if mutants and not any(label in seen["rejected_by"] for seen in mutants.values()):
-                yield label, function
-
-
 def rests_on(ledger):
     """{label: the labels that its check uses}, of every equation."""
-    return {label: (entry["check"] or {}).get("uses", []) for label, entry in ledger["equations"].items()}
-
-
-def cycle(uses):
-    """Labels along one circle of `uses` (first = last), or None."""
-    done = set()
-
-    def walk(label, path):
-        if label in path:
-            return path[path.index(label) :] + [label]
-        if label in done:
-            return None
-        found = next(filter(None, (walk(other, [*path, label]) for other in uses.get(label, []))), None)
-        done.add(label)
-        return found
-
-    return next(filter(None, (walk(label, []) for label in sorted(uses))), None)
+    return {label: (entry["check"] or {}).get("uses", []) for label, entry in sorted(ledger["equations"].items())}
 
 
 def solid(ledger, doubtful=()):
     """Labels that are checked and rest, all the way down, on checked equations only, none of them `doubtful`."""
-    uses, fine, answer = rests_on(ledger), covered(ledger).difference(doubtful), {}
-
-    def holds(label):
-        if label not in answer:
-            answer[label] = False  # a circle never becomes solid
-            answer[label] = label in fine and all([holds(other) for other in uses[label]])
-        return answer[label]
-
-    return {label for label in uses if holds(label)}
+    uses, fine, found = rests_on(ledger), covered(ledger).difference(doubtful), set()
+    for label in TopologicalSorter(uses).static_order():  # what is used comes before what uses it
+        if label in fine and found.issuperset(uses[label]):
+            found.add(label)
+    return found

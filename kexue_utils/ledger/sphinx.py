@@ -4,12 +4,15 @@ Directives: `{ledger-summary}`, `{ledger-table}`, `{ledger-functions}`, `{ledger
 `{ledger-found}`, `{ledger-coverage}` (of the page that it stands on; without it, the coverage stands at the foot).
 Settings: `ledger_file`, the register, from the folder of the sources; `ledger_packages`, folders, from there, in which
 the source files that the checks ran are looked for before the installed packages.
+
+The register is sound in itself, as `collect` has seen to that; here it is compared with the pages and the sources.
 """
 
 from importlib.util import find_spec
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.errors import ExtensionError
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 
@@ -19,6 +22,7 @@ from .page import Page, Place
 
 logger = logging.getLogger(__name__)
 PARTS = ("summary", "table", "functions", "survivors", "graph", "found", "coverage")
+AGAIN = f"execute its notebook again, then run {register.COLLECT}"
 
 
 class BundleRenderer:
@@ -35,177 +39,136 @@ class ledger_part(nodes.General, nodes.Element):
     """Stands for a part of the ledger until every page has been read."""
 
 
-def _directive(part):
+class Part(SphinxDirective):
+    """`{ledger-…}`: a part of the ledger."""
+
     def run(self):
-        return [ledger_part("", part=part)]
-
-    return type(f"Ledger{part.title()}", (SphinxDirective,), {"run": run, "__doc__": f"The ledger's {part}."})
+        return [ledger_part("", part=self.name.removeprefix("ledger-"))]
 
 
-def _start(app):
+def start(app):
+    file = Path(app.srcdir, app.config.ledger_file)
     try:
-        app.ledger = register.read(Path(app.srcdir, app.config.ledger_file))
+        app.ledger = register.read(file)
     except ValueError as error:
-        logger.warning("%s", error, type="ledger", subtype="malformed")
-        app.ledger = {"schema": register.SCHEMA, "equations": {}, "functions": {}}
+        raise ExtensionError(str(error)) from None
+    if not file.exists():
+        logger.warning("there is no %s; run %s", file.name, register.COLLECT, type="ledger", subtype="missing")
     app.config.html_static_path.append(str(Path(__file__).parent / "static"))
     app.add_css_file("ledger.css")
 
 
-def _on_pages(env):
+def on_pages(env):
     """{docname: (equations, parts)}; an equation is (label, line, fingerprint)."""
     if not hasattr(env, "ledger_pages"):
         env.ledger_pages = {}
     return env.ledger_pages
 
 
-def _collect(app, doctree):
-    found = [
-        (node["label"], node.line, fingerprint(node.astext()))
-        for node in doctree.findall(nodes.math_block)
-        if node.get("label")
-    ]
+def remember(app, doctree):
+    equations = [(node["label"], node.line, fingerprint(node.astext()))
+                 for node in doctree.findall(nodes.math_block) if node.get("label")]  # fmt: skip
     parts = {node["part"] for node in doctree.findall(ledger_part)}
-    _purge(app, app.env, app.env.docname)
-    if found or parts:
-        _on_pages(app.env)[app.env.docname] = (found, parts)
+    if equations or parts:
+        on_pages(app.env)[app.env.docname] = equations, parts
 
 
-def _purge(app, env, docname):
-    _on_pages(env).pop(docname, None)
+def forget(app, env, docname):
+    on_pages(env).pop(docname, None)
 
 
-def _merge(app, env, docnames, other):
-    pages = _on_pages(other)
-    _on_pages(env).update({name: pages[name] for name in docnames if name in pages})
+def merge(app, env, docnames, other):
+    on_pages(env).update({name: found for name, found in on_pages(other).items() if name in docnames})
 
 
-def _source(app, path):
+def source(app, path):
     """The text of a source file that checks ran, or None where it is not to be found. Imports nothing."""
     roots = [Path(app.srcdir, folder) for folder in app.config.ledger_packages]
-    try:
-        spec = find_spec(Path(path).parts[0].removesuffix(".py"))
-    except (ImportError, ValueError):
-        spec = None
-    if spec and spec.submodule_search_locations:
-        roots += [Path(folder).parent for folder in spec.submodule_search_locations]
-    elif spec and spec.origin:
-        roots.append(Path(spec.origin).parent)
+    if package := find_spec(path.partition("/")[0].removesuffix(".py")):
+        roots += [Path(place).parent for place in package.submodule_search_locations or [package.origin]]
     file = next((root / path for root in roots if (root / path).is_file()), None)
-    return file.read_text(encoding="utf-8") if file else None
+    return file and file.read_text(encoding="utf-8")
 
 
-def _problems(app, env):
+def problems(app, env):
     """(labels, what is wrong, why and what to do) of all that the ledger can't vouch for, at the first label."""
     ledger, checks = app.ledger, register.checks(app.ledger)
-    shown = {label: mark for found, _ in _on_pages(env).values() for label, _, mark in found}
+    shown = {label: mark for equations, _ in on_pages(env).values() for label, _, mark in equations}
     for label, mark in shown.items():
-        entry = ledger["equations"].get(label)
         if label not in checks:
             yield [label], "unchecked", "no check upholds it; write one under it, or take the number away"
-        elif mark != entry["fingerprint"]:
-            yield [label], "stale", "its LaTeX is not the one that was checked; run `make notebooks` and `make ledger`"
+        elif mark != ledger["equations"][label]["fingerprint"]:
+            yield [label], "stale", f"its LaTeX is not the one that was checked; {AGAIN}"
     for label in sorted(ledger["equations"].keys() - shown):
         home = ledger["equations"][label]["chapter"]
-        yield (
-            [label],
-            "dangling",
-            f"the ledger has it from {home}, but it is on no page; run `make ledger`, or put the notebook into the "
-            "table of contents",
-        )
-    for label, check in checks.items():
-        if check["state"] not in ("holds", "cited"):
-            yield [label], "failed", f"its check says {check['state']!r}; correct the equation or the check"
+        why = f"it was collected from {home}, but is on no page; put that into the table of contents, or collect again"
+        yield [label], "dangling", why
     for path in sorted({path for check in checks.values() for path in check["ran"]}):
-        text = _source(app, path)
+        text = source(app, path)
         now = None if text is None else code_digest(text)
-        stale = [label for label, check in checks.items() if check["ran"].get(path, now) != now]
-        if stale:
-            why = f"{path} " + ("is not to be found" if text is None else "has changed since its check ran")
+        if stale := [label for label, check in checks.items() if check["ran"].get(path, now) != now]:
+            what = "is not to be found" if text is None else "has changed since its check ran"
             others = f", like {', '.join(stale[1:])}" if stale[1:] else ""
-            yield stale, f"stale{others}", f"{why}; run `make notebooks` and `make ledger`"
-    for label, function in register.blind(ledger):
-        yield (
-            [label],
-            "blind",
-            f"its check names {function} and rejects none of its mutants; draw inputs at which a mistake in it shows",
-        )
+            yield stale, f"stale{others}", f"{path} {what}; {AGAIN}"
     for labels, function, mutant, reason in register.survivors(ledger):
         if not reason:
             whose = f"the mutant {mutant!r}" + (f" of {function}" if function else "")
             yield labels, "survivor", f"{whose} survives without a reason; sharpen the check, or say why in `same`"
-    uses = register.rests_on(ledger)
-    circle = register.cycle(uses)
-    if circle:
-        yield circle, "circular", f"it rests on itself: {' uses '.join(circle)}; take one of these uses away"
-    for label, others in uses.items():
-        for other in sorted(set(others) - uses.keys()):
-            yield [label], "dangling", f"it uses {other}, which no equation is called; correct the name in `uses`"
 
 
-def _updated(app, env):
-    """Warns on every build, also one that reads nothing anew; names the pages to write again if the ledger changed."""
-    file, pages = app.config.ledger_file, _on_pages(env)
-    if not Path(app.srcdir, file).exists():
-        logger.warning("there is no %s; run `make ledger`", file, type="ledger", subtype="missing")
-    where = {label: (docname, line) for docname, (found, _) in pages.items() for label, line, _ in found}
+def compare(app, env):
+    """Warns on every build, also one that reads nothing anew. All pages with equations are written again."""
+    where = {label: (name, line) for name, (found, _) in on_pages(env).items() for label, line, _ in found}
     app.ledger_troubles = {}
-    for labels, word, message in _problems(app, env):
+    for labels, word, message in problems(app, env):
         kind = word.partition(",")[0]
         for label in labels:
             app.ledger_troubles.setdefault(label, kind)
         place = where.get(labels[0])
         logger.warning("equation %s: %s: %s", labels[0], word, message, location=place, type="ledger", subtype=kind)
-    state = (app.ledger, app.ledger_troubles, dict(pages), {name: env.toc_fignumbers.get(name) for name in pages})
-    if state != getattr(env, "ledger_state", None):
-        env.ledger_state = state
-        return list(pages)
-    return []
+    return list(on_pages(env))
 
 
-def _page(app, docname):
+def page_of(app, docname):
     """The builder of HTML for the links of the page `docname`."""
-    env, pages = app.env, _on_pages(app.env)
-    domain, places, table = env.get_domain("math"), {}, None
-    order = {name: i for i, name in enumerate(env.collect_relations())}
-    for name in sorted(pages, key=lambda name: (order.get(name, len(order)), name)):
-        found, parts = pages[name]
-        table = name if "table" in parts and table is None else table
-        title = env.titles[name].astext() if name in env.titles else name
-        chapter = app.builder.get_relative_uri(docname, name)
-        for label, *_ in found:
-            ref = domain.resolve_xref(env, docname, app.builder, "eq", label, nodes.Element(), nodes.Text(""))
-            if ref is not None:
-                href = ref.get("refuri") or "#" + ref["refid"]
-                places[label] = Place(href, ref.astext(), chapter, title)
-    home = None if table is None else app.builder.get_relative_uri(docname, table)
+    env, places, home = app.env, {}, None
+    link = app.builder.get_relative_uri
+    for name in dict.fromkeys([*env.collect_relations(), *sorted(on_pages(env))]):  # in the order of reading
+        equations, parts = on_pages(env).get(name, ([], ()))
+        if "table" in parts and home is None:
+            home = link(docname, name)
+        for label, *_ in equations:
+            reference = env.get_domain("math").resolve_xref(
+                env, docname, app.builder, "eq", label, nodes.Element(), nodes.Text("")
+            )
+            href = reference.get("refuri") or "#" + reference["refid"]
+            places[label] = Place(href, reference.astext(), link(docname, name), env.titles[name].astext())
     return Page(app.ledger, places, app.ledger_troubles, home)
 
 
-def _resolve(app, doctree, docname):
-    if app.builder.format != "html":
+def resolve(app, doctree, docname):
+    """Puts badges and parts in their places; builders of other formats leave both out."""
+    equations, parts = on_pages(app.env).get(docname, ([], ()))
+    if app.builder.format != "html" or not (equations or parts):
         for node in list(doctree.findall(ledger_part)):
             node.parent.remove(node)
         return
-    if docname not in _on_pages(app.env):
-        return
-    found, parts = _on_pages(app.env)[docname]
-    page = _page(app, docname)
-    labels = [label for label, *_ in found]
+    page, labels = page_of(app, docname), [label for label, *_ in equations]
+
+    def raw(part):
+        return nodes.raw("", page.coverage(labels) if part == "coverage" else getattr(page, part)(), format="html")
+
     for node in list(doctree.findall(ledger_part)):
-        part = node["part"]
-        html = page.coverage(labels or None) if part == "coverage" else getattr(page, part)()
-        node.replace_self(nodes.raw("", html, format="html"))
+        node.replace_self(raw(node["part"]))
     for node in list(doctree.findall(nodes.math_block)):
         if node.get("label"):
-            badge = nodes.raw("", page.badge(node["label"]), format="html")
             # Not replace_self, which would give the box the equation's ids a second time.
             box = nodes.container("", classes=["ledger-equation"])
             node.parent[node.parent.index(node)] = box
-            box += [node, badge]
+            box += [node, nodes.raw("", page.badge(node["label"]), format="html")]
     if labels and "coverage" not in parts:
         section = next(doctree.findall(nodes.section), doctree)
-        section += nodes.raw("", page.coverage(labels), format="html")
+        section += raw("coverage")
 
 
 def setup(app):
@@ -213,11 +176,11 @@ def setup(app):
     app.add_config_value("ledger_packages", [], "env", list)
     app.add_node(ledger_part)
     for part in PARTS:
-        app.add_directive(f"ledger-{part}", _directive(part))
-    app.connect("builder-inited", _start)
-    app.connect("doctree-read", _collect)
-    app.connect("env-purge-doc", _purge)
-    app.connect("env-merge-info", _merge)
-    app.connect("env-get-updated", _updated)  # later than env-updated: equations have their numbers
-    app.connect("doctree-resolved", _resolve)
+        app.add_directive(f"ledger-{part}", Part)
+    app.connect("builder-inited", start)
+    app.connect("doctree-read", remember)
+    app.connect("env-purge-doc", forget)
+    app.connect("env-merge-info", merge)
+    app.connect("env-get-updated", compare)  # later than env-updated: equations have their numbers
+    app.connect("doctree-resolved", resolve)
     return {"version": "1", "env_version": 1, "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,4 +1,4 @@
-"""One check, run: seeded draws, the rule of its kind, a trace of what it executed, and its mutants' verdicts."""
+"""One check, run: seeded draws, the rule of its kind, and whether it still holds with a mutant in place."""
 
 import inspect
 import io
@@ -10,93 +10,17 @@ import threading
 import warnings
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 
 from . import kinds
 from .errors import Refused
-from .mutants import INPUTS, swapped
+from .sides import INPUTS
+from .watch import Exhausted
 
 REJECTED, SURVIVED, DID_NOT_RUN = "rejected", "survived", "did not run"
 DIFFER = 0.9  # a classic mistake must differ on this share of the draws
 SECONDS = 60  # for one proof; behind the fuel, for one mutant too
-HERE = str(Path(__file__).parent)
-
-
-class Exhausted(BaseException):
-    """A mutant executed ten times the lines of the original: an endless loop."""
-
-
-class Watch:
-    """Traces the check, its notebook (what shares its globals), the watched packages and what it names.
-
-    ``lines`` {file: line numbers}, ``called`` and ``direct`` (called by the check itself) say what ran;
-    ``count`` of lines is fuel: more than ``fuel`` raises Exhausted, at the same place on every machine.
-    """
-
-    def __init__(self, check, roots, files, fuel=None):
-        self.globals, self.roots, self.files, self.fuel = check.__globals__, tuple(roots), set(files), fuel
-        self.inside = {id(code) for code in codes(check.__code__)}
-        self.lines, self.called, self.direct, self.known, self.count = {}, {}, {}, {}, 0
-
-    def library(self, frame):
-        name = frame.f_code.co_filename
-        if name not in self.known:
-            self.known[name] = name in self.files or name.startswith(self.roots) and not name.startswith(HERE)
-        return self.known[name]
-
-    def watched(self, frame):
-        return self.library(frame) or frame.f_globals is self.globals
-
-    def __call__(self, frame, event, argument):
-        if not self.watched(frame):
-            return None
-        code = frame.f_code
-        self.called[id(code)] = code
-        if id(code) not in self.inside and id(code) not in self.direct and self.from_check(frame):
-            self.direct[id(code)] = code, frame.f_globals
-        lines = self.lines.setdefault(code.co_filename, set())
-
-        def local(frame, event, argument):
-            if event == "line":
-                lines.add(frame.f_lineno)
-                self.count += 1
-                if self.fuel is not None and self.count > self.fuel:
-                    raise Exhausted
-            return local
-
-        lines.add(frame.f_lineno)
-        return local
-
-    def from_check(self, frame):
-        """Did the check call this itself, or through code that is not watched (torch), or a notebook's helper?
-
-        A function that is handed a generator makes inputs: it is not what the equation is about.
-        """
-        ends = self.library if self.library(frame) else self.watched
-        while not any(type(value).__name__ == "Generator" for value in frame.f_locals.values()):
-            frame = frame.f_back
-            if frame is None or id(frame.f_code) in self.inside or frame.f_code.co_filename.startswith(HERE):
-                return frame is not None and id(frame.f_code) in self.inside
-            if ends(frame):
-                return False
-        return False
-
-    @contextmanager
-    def on(self):
-        before = sys.gettrace()  # a debugger's or coverage's: put back afterwards
-        sys.settrace(self)
-        try:
-            yield
-        finally:
-            sys.settrace(before)
-
-
-def codes(code):
-    yield code
-    for constant in filter(inspect.iscode, code.co_consts):
-        yield from codes(constant)
 
 
 class Trial:
@@ -104,10 +28,10 @@ class Trial:
 
     def __init__(self, function, label, *, draws=None, slack=0.0, literal=False, mistakes=1):
         self.function, self.label, self.slack = function, label, slack
-        names = set(inspect.signature(function).parameters)
-        if names - INPUTS:
-            raise Refused(f"a check takes rng and tight, not {', '.join(sorted(names - INPUTS))}")
-        self.has_rng, self.has_tight = "rng" in names, "tight" in names
+        self.takes = set(inspect.signature(function).parameters)
+        if others := self.takes - INPUTS:
+            raise Refused(f"a check takes rng and tight, not {', '.join(sorted(others))}")
+        self.has_rng, self.has_tight = "rng" in self.takes, "tight" in self.takes
         self.literal, self.draws, self.kind, self.mistakes = literal, draws, None, max(mistakes, 1)
 
     def call(self, draw, tight=False):
@@ -115,14 +39,9 @@ class Trial:
         shift = int(os.environ.get("LEDGER_SEED_SHIFT", "0"))
         seed = [int.from_bytes(sha256(self.label.encode()).digest()[:8], "big"), draw, int(tight), shift]
         rng = np.random.default_rng(seed)
-        arguments = {"rng": rng} if self.has_rng else {}
-        if self.has_tight:
-            arguments["tight"] = tight
-        before = rng.bit_generator.state
+        arguments = {"rng": rng, "tight": tight}
         with seeded((seed[0] + 8 * draw + 4000 * shift + tight) % 2**63):
-            cases = kinds.as_cases(self.function(**arguments))
-        self.drew = before != rng.bit_generator.state
-        return cases
+            return kinds.as_cases(self.function(**{name: arguments[name] for name in self.takes}))
 
     def schedule(self):
         """(draw, tight) of every call; a bound is called once more with tight on each draw."""
@@ -133,23 +52,23 @@ class Trial:
         """Run everything once: sets the kind, raises Refused, or returns the first case that does not hold."""
         cases = self.call(0)
         self.kind = kinds.classify(cases, has_rng=self.has_rng, has_tight=self.has_tight, literal=self.literal)
-        self.cases, told, drew, values = [], [], [], set()
+        self.cases, told, values = [], [], set()
         for draw, tight in self.schedule():
             cases = self.call(draw, tight)
-            drew.append(self.drew)
             if any(len(mistakes) < self.mistakes for *_, mistakes in cases):
                 raise Refused("no classic mistake is returned: say what the equation is often confused with")
             for left, right, mistakes in cases:
-                if not self.case_holds(left, right, mistakes, draw, tight):
+                if not kinds.holds(self.kind, left, right, mistakes, tight, self.slack):
                     return draw, left, right
             if not tight:
                 self.cases += cases
                 values.add(tuple((kinds.frozen(left), kinds.frozen(right)) for left, right, _ in cases))
-            told.append([any(self.mistaken(left, right, mistakes[k], draw, tight) for left, right, mistakes in cases)
-                         for k in range(self.mistakes)])  # fmt: skip
-        if self.has_rng and not any(drew):
-            raise Refused("rng is never used: every draw is the same")
-        if self.has_rng and len(values) == 1 and len(drew) > 1 + self.has_tight:
+            told.append([
+                any(kinds.differs(self.kind, left, right, mistakes[k], tight, self.slack)
+                    for left, right, mistakes in cases)
+                for k in range(self.mistakes)
+            ])  # fmt: skip
+        if self.has_rng and len(values) == 1 and len(told) > 1 + self.has_tight:
             raise Refused("both sides are the same on every draw: what is drawn never reaches them")
         for k, differs in enumerate(zip(*told, strict=True)):
             if not any(differs) or self.kind != "bound" and sum(differs) < DIFFER * len(differs):
@@ -158,18 +77,6 @@ class Trial:
         kinds.inspect(self.kind, self.cases, self.literal)
         self.zero = kinds.is_zero([right for _, right, _ in self.cases])
         return None
-
-    def mistaken(self, left, right, mistake, draw, tight):
-        if self.kind == "symbolic":
-            return not self.case_holds(left, mistake, (), draw, tight)
-        return kinds.differs(self.kind, left, right, mistake, tight, self.slack)
-
-    def case_holds(self, left, right, mistakes, draw, tight):
-        if self.kind != "symbolic":
-            return kinds.holds(self.kind, left, right, mistakes, tight, self.slack)
-        from . import symbolic
-
-        return all(symbolic.agree(a, b, np.random.default_rng([draw, 1])) for a, b in kinds.pairs(left, right))
 
     def prove(self):
         """The rung of sympy's ladder that proves every case; None if one is out of its reach."""
@@ -184,17 +91,16 @@ class Trial:
         for draw, tight in self.schedule():
             for left, right, mistakes in self.call(draw, tight):
                 right = kinds.changed(right, change) if change else right
-                if not self.case_holds(left, right, mistakes, draw, tight):
+                if not kinds.holds(self.kind, left, right, mistakes, tight, self.slack):
                     return False
         return True
 
-    def verdict(self, watch, *, change=None, function=None, compiled=None):
-        """Rejected, survived, or did not run, with ``function`` running ``compiled()`` or the right side changed."""
+    def verdict(self, watch, mutation):
+        """Rejected, survived, or did not run; ``mutation()``: a context that may give a change of the right side."""
         watch.count = 0
         try:
-            with silence(), limit(SECONDS, "out of time"), watch.on():
-                with swapped(function, compiled()) if function else nullcontext():
-                    return SURVIVED if self.survives(change) else REJECTED
+            with silence(), limit(SECONDS, "out of time"), watch.on(), mutation() as change:
+                return SURVIVED if self.survives(change) else REJECTED
         except ArithmeticError:
             return REJECTED
         except (Exception, Exhausted):
@@ -252,13 +158,9 @@ def eager():
 
 def caches(packages, functions):
     """The ``lru_cache``s of the packages and of the functions' modules: a cached table hides the mutant under it."""
-    names = packages | {function.__module__ for function in functions}
+    own = (*(f"{name}." for name in packages), *(f"{f.__module__}." for f in functions))
     spaces = [vars(module) for name, module in list(sys.modules.items()) if name.split(".")[0] in packages]
-    found = []
-    for space in [*spaces, *(function.__globals__ for function in functions)]:
-        for value in list(space.values()):
-            for member in [value, *(vars(value).values() if inspect.isclass(value) else ())]:
-                ours = {module := getattr(member, "__module__", None) or "", module.split(".")[0]} & names
-                if hasattr(type(member), "cache_clear") and ours and not module.startswith(__package__):
-                    found.append(member)
-    return found
+    values = [value for space in [*spaces, *(f.__globals__ for f in functions)] for value in list(space.values())]
+    values += [member for value in values if inspect.isclass(value) for member in vars(value).values()]
+    cached = {id(value): value for value in values if hasattr(type(value), "cache_clear")}.values()
+    return [c for c in cached if f"{c.__module__}.".startswith(own) and not c.__module__.startswith(__package__)]

@@ -135,7 +135,7 @@ def record(name, *, device="cpu", seeds=None, smoke=False, out=None):
         results[unit]["seconds"] = round(results[unit]["seconds"] + piece["seconds"], 2)
     path = out / f"{file}.json"
     _write(path, {
-        "schema": SCHEMA, "name": name, "title": chosen.title, "smoke": smoke, "seeds": seeds, "units": results,
+        "schema": SCHEMA, "digest": results_digest(results), "name": name, "title": chosen.title, "smoke": smoke, "seeds": seeds, "units": results,
         "summary": _plain(chosen.conclude(results)), "sources": made_of, "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "workers": workers,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
@@ -143,6 +143,11 @@ def record(name, *, device="cpu", seeds=None, smoke=False, out=None):
     } | ({} if smoke else {"small": _small(chosen)}))  # fmt: skip
     shutil.rmtree(partial)
     return path
+
+
+def results_digest(units):
+    """Digest of what the runs gave, so that a number changed by hand is noticed when the record is loaded."""
+    return digest(json.dumps({unit: result["runs"] for unit, result in units.items()}, sort_keys=True))
 
 
 def _small(chosen):
@@ -203,7 +208,13 @@ def load(name):
         raise FileNotFoundError(
             f"kexue_utils/recorded/{name}.json is missing: python -m kexue_utils.training run {name} makes it"
         )
-    return json.loads(file.read_text("utf-8"))
+    found = json.loads(file.read_text("utf-8"))
+    if found["digest"] != results_digest(found["units"]):
+        raise ValueError(
+            f"kexue_utils/recorded/{name}.json is not what its run wrote: restore it, "
+            f"or repeat it with python -m kexue_utils.training run {name}"
+        )
+    return found
 
 
 def changed(record):

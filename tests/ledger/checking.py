@@ -2,13 +2,13 @@
 
 import pytest
 
-from kexue_utils.ledger import LedgerError, check, examine
+from kexue_utils.ledger import LedgerError, check, show
 
 
 def record(function, label="test", **options):
     """The bundle of a check that holds."""
     check(label, **options)(function)
-    return examine.records.pop()
+    return show.records.pop()
 
 
 def failure(function, label="test", **options):

@@ -1,5 +1,6 @@
 """A whole check: its record, its lines, its reasons, and the same in a real notebook kernel."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from checking import failure, record, survivors
 
 from kexue_utils.attention.naive_bayes_attention import combine_log_probs, pooling
-from kexue_utils.ledger import cited, examine
+from kexue_utils.ledger import cited, register, show, watch
 from kexue_utils.ledger.digest import code_digest
 
 
@@ -63,6 +64,26 @@ def test_what_ran_is_digested_as_the_book_does():
     path = "kexue_utils/attention/naive_bayes_attention/pooling.py"
     with open(pooling.__file__, encoding="utf-8") as file:
         assert bundle["ran"] == {path: code_digest(file.read())}
+
+
+def test_a_package_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "own_space").mkdir()  # without __init__.py
+    (tmp_path / "own_space" / "core.py").write_text("def momentum(m, v):\n    return m * v\n")
+    (tmp_path / "own_module.py").write_text("def kinetic(m, v):\n    return 0.5 * m * v**2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    core, module = importlib.import_module("own_space.core"), importlib.import_module("own_module")
+    for name in ("own_space", "own_module"):
+        monkeypatch.setattr(watch, "packages", watch.packages | {name})
+
+    def energy(rng):
+        m, v = rng.uniform(1, 2, size=2)
+        return module.kinetic(m, v), core.momentum(m, v) ** 2 / (2 * m), m * v**2
+
+    assert "calls own_module.kinetic\n  name it in of=[…]" in failure(energy, of=[core.momentum])
+    assert "calls own_space.core.momentum" in failure(energy, of=[module.kinetic])
+    bundle = record(energy, of=[module.kinetic, core.momentum])
+    assert list(bundle["ran"]) == ["own_module.py", "own_space/core.py"]
+    assert list(bundle["functions"]) == ["own_module.kinetic", "own_space.core.momentum"]
 
 
 class TestReasons:
@@ -121,7 +142,7 @@ def test_an_error_says_where():
 
 def test_cited(capsys):
     cited("clt", "Billingsley, theorem 27.1", uses=["iid"])
-    bundle = examine.records.pop()
+    bundle = show.records.pop()
     assert (bundle["kind"], bundle["state"], bundle["uses"]) == ("cited", "cited", ["iid"])
     assert capsys.readouterr().out == "○ clt · cited: Billingsley, theorem 27.1\n"
 
@@ -165,7 +186,7 @@ class TestNotebook:
         ((output,)) = executed[2]
         assert output.output_type == "display_data"
         assert output.data["text/plain"].splitlines()[0] == "✓ relative · numeric, 20 draws · 4/4 mutants"
-        bundle = output.data[examine.MIME]
+        bundle = output.data[register.BUNDLE]
         assert list(bundle["functions"]) == ["__main__.Rotation.matrix"] and bundle["ran"] == {}
 
     def test_a_refusal_and_a_failure_are_a_few_lines(self, executed):
@@ -179,9 +200,9 @@ SCRIPT = """
 import sys
 sys.path.insert(0, "tests/ledger")
 from test_check import idle, pooled, relative, rotation, combine_log_probs
-from kexue_utils.ledger import check, examine
+from kexue_utils.ledger import check, show
 check("a", of=[rotation])(relative), check("b")(idle), check("c", of=[combine_log_probs])(pooled)
-print(examine.records)
+print(show.records)
 """
 
 

@@ -15,7 +15,8 @@ from checking import record, survivors
 
 from kexue_utils.attention.naive_bayes_attention import pooling
 from kexue_utils.ledger import LedgerError, check, mutants
-from kexue_utils.ledger.mutants import CheckSource, layers, mutants_of, swapped
+from kexue_utils.ledger.mutants import layers, mutants_of, swapped
+from kexue_utils.ledger.sides import CheckSource
 
 
 def names(function):

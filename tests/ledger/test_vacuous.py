@@ -10,7 +10,7 @@ import torch
 from checking import failure, record
 
 from kexue_utils.attention.naive_bayes_attention import combine_log_probs, log_normalize
-from kexue_utils.ledger import Mean, Slope, examine
+from kexue_utils.ledger import Mean, Slope, show
 
 
 def rotation(m, theta=0.3):
@@ -163,6 +163,48 @@ def test_a_tautology_of_the_library():
     assert "name it in of=[…]" in failure(through_a_helper)
 
 
+def softened(x):
+    return np.exp(x) / np.exp(x).sum()
+
+
+def under_its_name_in_the_mistake_only(rng):
+    x = rng.normal(size=3)
+    return soft(x), 1 * soft(x), softened(2 * x)
+
+
+def under_its_name_in_the_inputs_only(rng):
+    x = softened(rng.normal(size=3))
+    return soft(x), 1 * soft(x), x
+
+
+def two_parts_of_one_call(rng):
+    x = rng.normal(size=3)
+    a, b = (softened(y) for y in (x, x))
+    return a, 1 * b, x
+
+
+def the_shared_value_itself(rng):
+    x = rng.normal(size=3)
+    y = softened(x)
+    return y, 1 * y, x
+
+
+soft = softened
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        under_its_name_in_the_mistake_only,
+        under_its_name_in_the_inputs_only,
+        two_parts_of_one_call,
+        the_shared_value_itself,
+    ],
+)
+def test_no_tautology_hides_behind_a_name(function):
+    assert "blind: no change of softened" in failure(function)
+
+
 def test_names_and_calls_agree():
     def uncalled(rng):
         x = rng.normal()
@@ -179,7 +221,7 @@ def test_names_and_calls_agree():
 
 def two_verdicts(rng):
     x = rng.normal(size=3)
-    return np.allclose(2 * x, x + x), True, False
+    return (2 * x == x + x).all(), True, False
 
 
 def verdict_entry_by_entry(rng):
@@ -189,7 +231,53 @@ def verdict_entry_by_entry(rng):
 
 def verdict_as_number(rng):
     x = rng.normal(size=3)
-    return int(np.allclose(2 * x, x + x)), 1, 0
+    return int((2 * x == x + x).all()), 1, 0
+
+
+def verdict_times_a_number(rng):
+    x = rng.normal()
+    return np.allclose(2 * x, x + x) * x, x, 2 * x
+
+
+def verdict_under_a_mask(rng):
+    x, mask = rng.normal(size=9), rng.random(9) < 0.5
+    return np.isclose(2 * x, x + x) & mask, mask, ~mask
+
+
+def residual(rng):
+    x = rng.normal(size=9)
+    gap = np.sin(2 * x) - 2 * np.sin(x) * np.cos(x)
+    return np.abs(gap).max(), 0.0, 1.0
+
+
+def ratio(rng):
+    x = rng.normal(size=9)
+    return np.sin(2 * x).sum() / (2 * np.sin(x) * np.cos(x)).sum(), 1, 2.0
+
+
+def copied(rng):
+    x = rng.normal(size=9)
+    y = np.exp(x)
+    return y, y.copy(), x
+
+
+def simplified():
+    x = sp.Symbol("x")
+    slope = sp.diff(sp.sin(x) ** 2, x)
+    return slope, sp.simplify(slope), sp.sin(x)
+
+
+def same_expression_in_a_chain(rng):
+    x = rng.normal()
+    return (np.sin(2 * x), x), (2 * np.sin(x) * np.cos(x), x), (np.sin(x), x)
+
+
+def same_expression_case_by_case(rng):
+    for n in (2, 3):
+        x = rng.normal(size=n)
+        a = np.exp(x)
+        b = np.exp(x)
+        yield a, b, a + 1
 
 
 def constant(rng):
@@ -283,8 +371,16 @@ def low_precision(dtype):
         (two_verdicts, "a side is a bare True or False"),
         (verdict_entry_by_entry, "the same on every draw"),
         (verdict_as_number, "the same on every draw"),
+        (verdict_times_a_number, "allclose is a verdict"),
+        (verdict_under_a_mask, "no change of the right side is noticed"),
+        (same_expression_in_a_chain, "both sides are the same expression, x"),
+        (same_expression_case_by_case, "both sides are the same expression"),
+        (residual, "a difference or ratio of both"),
+        (ratio, "a difference or ratio of both"),
+        (copied, "both sides are the same expression"),
+        (simplified, "both sides are the same expression"),
         (constant, "the same on every draw"),
-        (unused_rng, "rng is never used"),
+        (unused_rng, "the same on every draw"),
         (literal_left, "the left side is a literal"),
         (underflow, "the same on every draw"),
         (nearly_underflow, "both sides stay below 1e-09"),
@@ -374,6 +470,27 @@ class TestRightChecksPass:
 
         assert record(mistake_only)["functions"] == {}
 
+    def test_the_same_expression_of_a_name_with_another_value(self):
+        def rebound(rng):
+            x = rng.normal(size=5)
+            before = np.sort(x)
+            x = x[::-1]
+            after = np.sort(x)
+            return before, after, x
+
+        assert record(rebound)["state"] == "holds"
+
+    def test_sums_that_are_nought_or_one(self):
+        def deviations(rng):
+            x = rng.normal(size=5)
+            return (x - x.mean()).sum(), 0.0, x.sum()
+
+        def normalised(rng):
+            x = torch.from_numpy(rng.random(5)).expand(2, 5)
+            return (x / x.sum(1, keepdim=True)).sum(1), torch.ones(2).double().expand(2), x.sum(1)
+
+        assert record(deviations)["state"] == record(normalised)["state"] == "holds"
+
     def test_inputs_that_both_sides_share(self):
         def shared(rng):
             x = inputs(rng.normal())
@@ -437,5 +554,5 @@ def draw(rng):
 
 
 def test_nothing_stays_behind():
-    assert examine.records == []
+    assert show.records == []
     assert not {"__swapped_matmul__", "__doubled__"} & set(globals())

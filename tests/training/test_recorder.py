@@ -178,3 +178,13 @@ def test_sources_are_followed_through_imports_and_blind_to_comments(tmp_path, mo
     assert sources(run) == first
     (package / "part/inner.py").write_text("LIMIT = 4\ndef f():\n    return LIMIT\n")
     assert {k for k, v in sources(run).items() if v != first[k]} == {"kexue_utils/part/inner.py::LIMIT"}
+
+
+def test_a_number_changed_by_hand_is_noticed(toy, tmp_path, monkeypatch):
+    path = record("toy", seeds=2, out=tmp_path / "recorded")
+    monkeypatch.setattr(recorder, "files", lambda package: tmp_path)
+    found = load("toy")
+    found["units"]["one"]["runs"][0]["test"][0] += 0.25
+    recorder._write(path, found)
+    with pytest.raises(ValueError, match=r"toy.json is not what its run wrote: restore it, or repeat it"):
+        load("toy")
