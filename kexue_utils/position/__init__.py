@@ -1,0 +1,1 @@
+"""Where a token is: rotary positions and how to stretch them."""

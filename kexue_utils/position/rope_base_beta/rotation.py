@@ -1,0 +1,92 @@
+"""Rotations of pairs of features by an angle proportional to the position, in both layouts.
+
+``half`` pairs feature j with j + D (GPT-NeoX, Llama in transformers), ``interleaved`` pairs 2j with 2j + 1
+(RoFormer, GPT-J). They are the same operator up to a permutation of the features.
+Source: https://kexue.fm/archives/8265, arXiv:2104.09864
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LAYOUTS = ("half", "interleaved")
+
+
+def _require_layout(layout):
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+
+
+def rope_tables(
+    positions: Tensor, inv_freq: Tensor, *, layout: str = "half", dtype: torch.dtype = torch.float32, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Tables for :func:`rotate`: factor·cos(nθ_j) of shape (..., T, 2D), sin likewise of shape (..., T, D).
+
+    positions: (..., T), integers or floats, any sign; inv_freq: θ, (D,), on the same device. Angles are formed in
+    float64 and only the results are cast to ``dtype``: bfloat16 positions are wrong from n = 257 on, and float32
+    angles are off by about 6·10⁻⁸·n radians. Raises ValueError for an unknown layout.
+    """
+    _require_layout(layout)
+    angle = positions.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
+    cos, sin = factor * angle.cos(), factor * angle.sin()
+    cos = torch.cat((cos, cos), -1) if layout == "half" else cos.repeat_interleave(2, -1)
+    return cos.to(dtype), sin.to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tensor:
+    """(x_a, x_b) → (x_a cos − x_b sin, x_b cos + x_a sin) for every pair (a, b) of features   (rope-rotation)
+
+    x: (..., T, dim), any floating dtype, left as it is; cos, sin: from :func:`rope_tables`, with leading dimensions
+    that are the first ones of x (those that are missing before T are broadcast). Features from 2D on are returned
+    unrotated. Returns the shape and dtype of x; differentiable. Raises as :func:`apply_rope`.
+    """
+    _require_layout(layout)
+    if not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
+    D, dim = sin.shape[-1], x.shape[-1]
+    if 2 * D > dim:
+        raise ValueError(f"x must have at least 2 * len(inv_freq) = {2 * D} features to rotate, got {dim}")
+    shape = sin.shape[:-1]
+    if len(shape) > x.ndim - 1 or shape[-1] != x.shape[-2]:
+        raise ValueError(f"positions must have shape (T,) or (..., T) for x {tuple(x.shape)}, got {tuple(shape)}")
+    ones = (1,) * (x.ndim - 1 - len(shape))
+    cos, sin = (table.reshape(*shape[:-1], *ones, shape[-1], table.shape[-1]) for table in (cos, sin))
+    pairs, axis = ((2, D), -2) if layout == "half" else ((D, 2), -1)
+    y = x * F.pad(cos, (0, dim - 2 * D), value=1.0)
+    x_a, x_b = x[..., : 2 * D].unflatten(-1, pairs).unbind(axis)
+    y_a, y_b = (y[..., : 2 * D].unflatten(-1, pairs).select(axis, i) for i in range(2))
+    # In place on the new tensor: two passes less than joining halves, and one fused kernel when compiled.
+    y_a.addcmul_(x_b, sin, value=-1)
+    y_b.addcmul_(x_a, sin)
+    return y
+
+
+def apply_rope(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, *, layout: str = "half", inverse: bool = False
+) -> Tensor:
+    """Rotate every pair of features by its angle nθ_j: y_n = 𝓡_n x_n   (rope-rotation, rope-block)
+
+    x: (..., T, dim), any floating dtype, kept; positions: (T,), or the first dimensions of x followed by T, such as
+    (B, T) for x (B, H, T, dim); integers or floats, any sign; inv_freq: θ, (D,), with 2D ≤ dim: the first 2D features
+    are rotated, the others returned as they are. ``inverse`` rotates back (𝓡_n^⊤).
+    Raises TypeError for an x that is not floating-point; ValueError for 2D > dim, positions that don't fit x, or an
+    unknown layout. Source: https://kexue.fm/archives/8265
+    """
+    cos, sin = rope_tables(positions, inv_freq, layout=layout, dtype=x.dtype)
+    return rotate(x, cos, -sin if inverse else sin, layout=layout)
+
+
+def rope_matrix(n: float, inv_freq: Tensor, layout: str = "half") -> Tensor:
+    """𝓡_n as a matrix, (2D, 2D) in float64: blocks [[cos nθ_j, −sin nθ_j], [sin nθ_j, cos nθ_j]]   (rope-block)
+
+    n: any real position. Raises ValueError for an unknown layout.
+    """
+    _require_layout(layout)
+    angle = n * inv_freq.to(torch.float64)
+    D = len(angle)
+    j = torch.arange(D, device=angle.device)
+    a, b = (j, j + D) if layout == "half" else (2 * j, 2 * j + 1)
+    matrix = angle.new_zeros(2 * D, 2 * D)
+    matrix[a, a] = matrix[b, b] = angle.cos()
+    matrix[a, b], matrix[b, a] = -angle.sin(), angle.sin()
+    return matrix
