@@ -24,6 +24,11 @@ def logn_scale(n_visible: Tensor | float, train_len: float, *, mode: str = "trai
     n = torch.as_tensor(n_visible, dtype=torch.float64)
     if not torch.compiler.is_compiling() and bool((n < 1).any()):
         raise ValueError(f"n_visible must be at least 1, got {n.min().item():g}")
+    return unchecked_logn_scale(n, train_len, mode)
+
+
+def unchecked_logn_scale(n, train_len, mode):
+    """:func:`logn_scale` for positions that are known to be right: reads no value, so nothing waits for the device."""
     scale = n.log() / math.log(train_len)
     return scale if mode == "train" else scale.clamp(min=1)
 
@@ -47,7 +52,7 @@ def gaussian_entropy(n: Tensor | float, sigma: Tensor | float) -> Tensor:
 
 
 def entropy_preserving_scale(n: Tensor | float, train_len: float, sigma: float) -> Tensor:
-    """The t at which n Gaussian logits tσ have the entropy of L logits σ: t = √(1 + 2 ln(n/L)/σ²)   (rope-entropy-scale)
+    """The t that gives n Gaussian logits tσ the entropy of L logits σ: t = √(1 + 2 ln(n/L)/σ²)   (rope-preserving)
 
     float64. Of rate √(ln n), not ln n; it has the slope of ln n/ln L at n = L only if σ² = ln L. Holds while tσ stays
     clearly below √(2 ln n).

@@ -15,7 +15,8 @@ from numbers import Integral
 import torch
 from torch import Tensor
 
-METHODS = ("none", "pi", "ntk", "ntk_old", "ntk_fixed", "ntk_mixed", "dynamic", "yarn", "yarn_paper", "llama3", "longrope")
+METHODS = ("none", "pi", "ntk", "ntk_old", "ntk_fixed", "ntk_mixed", "dynamic",
+           "yarn", "yarn_paper", "llama3", "longrope")  # fmt: skip
 _NEED_TRAIN_LEN = ("dynamic", "yarn", "yarn_paper", "llama3", "longrope")
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .dilution import logn_scale
+from .dilution import unchecked_logn_scale
 from .frequencies import attention_factor, rope_inv_freq
 from .rotation import _require_layout, rope_tables, rotate
 
@@ -41,11 +41,11 @@ class RotaryEmbedding(nn.Module):
     def tables(self, positions: Tensor | int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """(cos, sin) for :func:`rotate`; for a number T, the positions 0, …, T−1, kept for the next call."""
         if not isinstance(positions, int):
-            inv_freq = self.inv_freq.to(device)
-            return rope_tables(positions.to(device), inv_freq, layout=self.layout, dtype=dtype, factor=self.factor)
+            layout, factor = self.layout, self.factor
+            return rope_tables(positions, self.inv_freq.to(device), layout=layout, dtype=dtype, factor=factor)
         key = (positions, dtype, device)
         if key not in self._cache:
-            table = self.tables(torch.arange(positions), dtype=dtype, device=device)
+            table = self.tables(torch.arange(positions, device=device), dtype=dtype, device=device)
             self._cache = {key: table}
         return self._cache[key]
 
@@ -62,9 +62,9 @@ class RopeAttention(nn.Module):
     """Causal multi-head attention on rotary positions: softmax over j ≤ n of s_n (𝓡_n q_n)·(𝓡_j k_j)/√d, times v_j.
 
     rope: a :class:`RotaryEmbedding` (one can serve all layers). logn: None (s_n = 1), ``"train"`` or ``"posthoc"``,
-    s_n of :func:`logn_scale` with L = ``train_len`` and n the number of visible keys. It multiplies q alone, so that
-    every row of the softmax uses its own n. Raises ValueError for widths that don't divide, a rope wider than a head,
-    or logn without train_len.
+    s_n of :func:`~kexue_utils.position.rope_base_beta.logn_scale` with L = ``train_len`` and n the number of visible
+    keys. It multiplies q alone, so that every row of the softmax uses its own n.
+    Raises ValueError for widths that don't divide, a rope wider than a head, or logn without train_len.
     """
 
     def __init__(self, d_model: int, n_heads: int, *, rope: RotaryEmbedding, logn: str | None = None,
@@ -73,7 +73,7 @@ class RopeAttention(nn.Module):
         if n_heads <= 0 or d_model % n_heads:
             raise ValueError(f"d_model must be a multiple of n_heads, got {d_model} and {n_heads}")
         if rope.dim > d_model // n_heads:
-            raise ValueError(f"rope must rotate at most d_model / n_heads = {d_model // n_heads} features, got {rope.dim}")
+            raise ValueError(f"rope must have dim <= d_model / n_heads = {d_model // n_heads}, got {rope.dim}")
         if logn not in (None, "train", "posthoc"):
             raise ValueError(f"logn must be None, 'train' or 'posthoc', got {logn!r}")
         if logn is not None and train_len is None:
@@ -91,11 +91,11 @@ class RopeAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         past = cache["k"].shape[-2] if cache else 0
         T = x.shape[1]
-        positions = torch.arange(past, past + T) if past else None
+        positions = torch.arange(past, past + T, device=x.device) if past else None
         q, k = self.rope(q, k, positions)
         if self.logn is not None:
-            n = torch.arange(past + 1, past + T + 1)
-            q = q * logn_scale(n, self.train_len, mode=self.logn).to(q)[:, None]
+            n = torch.arange(past + 1, past + T + 1, dtype=torch.float64, device=x.device)
+            q = q * unchecked_logn_scale(n, self.train_len, self.logn).to(q.dtype)[:, None]
         if cache is not None:
             if past:
                 k, v = torch.cat((cache["k"], k), -2), torch.cat((cache["v"], v), -2)

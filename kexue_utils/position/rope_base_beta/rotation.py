@@ -17,9 +17,8 @@ def _require_layout(layout):
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
 
 
-def rope_tables(
-    positions: Tensor, inv_freq: Tensor, *, layout: str = "half", dtype: torch.dtype = torch.float32, factor: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def rope_tables(positions: Tensor, inv_freq: Tensor, *, layout: str = "half", dtype: torch.dtype = torch.float64,
+                factor: float = 1.0) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Tables for :func:`rotate`: factor·cos(nθ_j) of shape (..., T, 2D), sin likewise of shape (..., T, D).
 
     positions: (..., T), integers or floats, any sign; inv_freq: θ, (D,), on the same device. Angles are formed in
@@ -47,7 +46,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tens
     if 2 * D > dim:
         raise ValueError(f"x must have at least 2 * len(inv_freq) = {2 * D} features to rotate, got {dim}")
     shape = sin.shape[:-1]
-    if len(shape) > x.ndim - 1 or shape[-1] != x.shape[-2]:
+    fits = all(a in (1, b) for a, b in zip(shape[:-1], x.shape, strict=False))
+    if not 1 <= len(shape) < x.ndim or shape[-1] != x.shape[-2] or not fits:
         raise ValueError(f"positions must have shape (T,) or (..., T) for x {tuple(x.shape)}, got {tuple(shape)}")
     ones = (1,) * (x.ndim - 1 - len(shape))
     cos, sin = (table.reshape(*shape[:-1], *ones, shape[-1], table.shape[-1]) for table in (cos, sin))
