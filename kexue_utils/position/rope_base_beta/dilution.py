@@ -5,6 +5,7 @@ Sources: https://kexue.fm/archives/8823, https://kexue.fm/archives/9706
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,4 +69,4 @@ def frozen_entropy(u: Tensor | float) -> Tensor:
     Source: B. Derrida, Random-energy model, Phys. Rev. B 24, 2613 (1981).
     """
     u = torch.as_tensor(u, dtype=torch.float64)
-    return torch.digamma(torch.ones_like(u)) - torch.digamma(1 - u)
+    return -np.euler_gamma - torch.digamma(1 - u)  # ψ(1) = −γ

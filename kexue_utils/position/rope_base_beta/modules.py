@@ -89,7 +89,7 @@ class RopeAttention(nn.Module):
         call on, and x continues where the last call ended.
         """
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
-        past = cache["k"].shape[-2] if cache else 0
+        past = cache["k"].shape[2] if cache else 0
         T = x.shape[1]
         positions = torch.arange(past, past + T, device=x.device) if past else None
         q, k = self.rope(q, k, positions)
@@ -98,8 +98,8 @@ class RopeAttention(nn.Module):
             q = q * unchecked_logn_scale(n, self.train_len, self.logn).to(q.dtype)[:, None]
         if cache is not None:
             if past:
-                k, v = torch.cat((cache["k"], k), -2), torch.cat((cache["v"], v), -2)
+                k, v = torch.cat((cache["k"], k), 2), torch.cat((cache["v"], v), 2)
             cache["k"], cache["v"] = k, v
         visible = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=not past)
-        return self.out(y.transpose(1, 2).flatten(-2))
+        return self.out(y.transpose(1, 2).flatten(2))

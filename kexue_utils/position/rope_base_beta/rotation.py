@@ -46,8 +46,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tens
     if 2 * D > dim:
         raise ValueError(f"x must have at least 2 * len(inv_freq) = {2 * D} features to rotate, got {dim}")
     shape = sin.shape[:-1]
-    fits = all(a in (1, b) for a, b in zip(shape[:-1], x.shape, strict=False))
-    if not 1 <= len(shape) < x.ndim or shape[-1] != x.shape[-2] or not fits:
+    if not 1 <= len(shape) < x.ndim or any(a not in (1, b) for a, b in zip(shape[:-1], x.shape, strict=False)) or (
+        shape[-1] != x.shape[-2]
+    ):
         raise ValueError(f"positions must have shape (T,) or (..., T) for x {tuple(x.shape)}, got {tuple(shape)}")
     ones = (1,) * (x.ndim - 1 - len(shape))
     cos, sin = (table.reshape(*shape[:-1], *ones, shape[-1], table.shape[-1]) for table in (cos, sin))
@@ -83,10 +84,12 @@ def rope_matrix(n: float, inv_freq: Tensor, layout: str = "half") -> Tensor:
     """
     _require_layout(layout)
     angle = n * inv_freq.to(torch.float64)
-    D = len(angle)
-    j = torch.arange(D, device=angle.device)
-    a, b = (j, j + D) if layout == "half" else (2 * j, 2 * j + 1)
-    matrix = angle.new_zeros(2 * D, 2 * D)
+    index = torch.arange(2 * len(angle), device=angle.device)
+    if layout == "half":
+        a, b = index.view(2, -1)
+    else:
+        a, b = index.view(-1, 2).T
+    matrix = angle.new_zeros(len(index), len(index))
     matrix[a, a] = matrix[b, b] = angle.cos()
     matrix[a, b], matrix[b, a] = -angle.sin(), angle.sin()
     return matrix
