@@ -173,10 +173,17 @@ def test_inputs_are_left_alone():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_compiles_to_one_graph(layout):
-    x, positions = normal(0, 2, 3, 5, 64, dtype=torch.float32), torch.arange(5)
+@pytest.mark.parametrize("dim", [64, 72])
+def test_compiles_to_one_graph(layout, dim):
+    positions = torch.arange(10).reshape(2, 5)
     rope = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")
-    assert_close(rope(x, positions, THETA, layout=layout), apply_rope(x, positions, THETA, layout=layout))
+    for dtype in (torch.float64, torch.bfloat16):
+        x = normal(0, 2, 3, 5, dim, dtype=dtype).requires_grad_()
+        y, compiled = (f(x, positions, THETA, layout=layout) for f in (apply_rope, rope))
+        assert compiled.dtype == dtype
+        assert_close(compiled, y)
+        weight = normal(1, *y.shape, dtype=dtype)
+        assert_close(*(torch.autograd.grad((z * weight).sum(), x)[0] for z in (compiled, y)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -39,7 +39,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tens
 
     x: (..., T, dim), any floating dtype, left as it is; cos, sin: from :func:`rope_tables`, with leading dimensions
     that are the first ones of x (those that are missing before T are broadcast). Features from 2D on are returned
-    unrotated. Returns the shape and dtype of x (tables wider than x are used as they are); differentiable. Raises as :func:`apply_rope`.
+    unrotated. Returns the shape and dtype of x, whatever that of the tables; differentiable.
+    Raises as :func:`apply_rope`.
     """
     _require_layout(layout)
     if not x.is_floating_point():
@@ -52,10 +53,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tens
     dim, ones = x.shape[-1], (1,) * (x.ndim - sin.ndim)
     cos, sin = (table.reshape(*batch, *ones, T, -1) for table in (cos, sin))
     pairs, axis = ((2, D), -2) if layout == "half" else ((D, 2), -1)
-    y = x * F.pad(cos, (0, dim - 2 * D), value=1.0)
     x_a, x_b = x[..., : 2 * D].unflatten(-1, pairs).unbind(axis)
+    if torch.compiler.is_compiling():  # one fused kernel, where updates in place would be two
+        cos = cos.unflatten(-1, pairs).select(axis, 0)
+        y = torch.stack((x_a * cos - x_b * sin, x_b * cos + x_a * sin), axis).flatten(-2)
+        return torch.cat((y, x[..., 2 * D :]), -1).to(x.dtype)
+    y = x * F.pad(cos, (0, dim - 2 * D), value=1.0)
     y_a, y_b = (y[..., : 2 * D].unflatten(-1, pairs).select(axis, i) for i in range(2))
-    # In place on the new tensor: two passes less than joining halves, and one fused kernel when compiled.
+    # In place on the new tensor: fewer passes over memory than joining two halves.
     y_a.addcmul_(x_b, sin, value=-1)
     y_b.addcmul_(x_a, sin)
     return y.to(x.dtype)
