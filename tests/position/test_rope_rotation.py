@@ -158,6 +158,12 @@ def test_gradients(layout):
     assert torch.autograd.gradgradcheck(lambda x: apply_rope(x, positions, theta.detach(), layout=layout), (x,))
 
 
+def test_wide_tables_keep_the_dtype_of_x():
+    x, positions = normal(0, 3, 64, dtype=torch.bfloat16), torch.arange(3)
+    y = rotate(x, *rope_tables(positions, THETA))
+    assert torch.equal(y, apply_rope(x.double(), positions, THETA).bfloat16())
+
+
 def test_inputs_are_left_alone():
     x, positions, theta = normal(0, 3, 64), torch.arange(3), THETA.clone()
     cos, sin = rope_tables(positions, theta)
@@ -168,9 +174,15 @@ def test_inputs_are_left_alone():
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_compiles_to_one_graph(layout):
-    x, positions = normal(0, 2, 3, 5, 64, dtype=torch.float32), torch.arange(5)
+    positions = torch.arange(10).reshape(2, 5)
     rope = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")
-    assert_close(rope(x, positions, THETA, layout=layout), apply_rope(x, positions, THETA, layout=layout))
+    for dtype in (torch.float64, torch.bfloat16):
+        x = normal(0, 2, 3, 5, 72, dtype=dtype).requires_grad_()
+        y, compiled = (f(x, positions, THETA, layout=layout) for f in (apply_rope, rope))
+        assert compiled.dtype == dtype
+        assert_close(compiled, y)
+        weight = normal(1, *y.shape, dtype=dtype)
+        assert_close(*(torch.autograd.grad((z * weight).sum(), x)[0] for z in (compiled, y)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,10 +195,10 @@ def test_strided_input(layout):
 @pytest.mark.parametrize(
     ("x", "positions", "kwargs", "error", "message"),
     [
-        (torch.zeros(3, 32), torch.arange(3), {}, ValueError, r"2 \* len\(inv_freq\) = 64 features to rotate, got 32"),
+        (torch.zeros(3, 32), torch.arange(3), {}, ValueError, r"2 \* len\(inv_freq\) = 64 features, got 32"),
         (torch.zeros(3, 64, dtype=torch.int64), torch.arange(3), {}, TypeError, "x must be a floating-point .*int64"),
         (torch.zeros(3, 64), torch.arange(4), {}, ValueError, r"positions must .* \(3, 64\), got \(4,\)"),
-        (torch.zeros(3, 64), torch.tensor(4), {}, ValueError, r"positions must .* \(3, 64\), got \(\)"),
+        (torch.zeros(3, 64), torch.tensor(4), {}, ValueError, r"positions must .*, got \(\)"),
         (torch.zeros(3, 64), torch.zeros(2, 3), {}, ValueError, r"positions must .* \(3, 64\), got \(2, 3\)"),
         (torch.zeros(2, 5, 3, 64), torch.zeros(5, 3), {}, ValueError, r"positions must .*64\), got \(5, 3\)"),
         (torch.zeros(3, 64), torch.arange(3), {"layout": "neox"}, ValueError, "layout must be one of half, .*'neox'"),

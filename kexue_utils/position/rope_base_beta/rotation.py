@@ -23,9 +23,11 @@ def rope_tables(positions: Tensor, inv_freq: Tensor, *, layout: str = "half", dt
 
     positions: (..., T), integers or floats, any sign; inv_freq: θ, (D,), on the same device. Angles are formed in
     float64 and only the results are cast to ``dtype``: bfloat16 positions are wrong from n = 257 on, and float32
-    angles are off by about 6·10⁻⁸·n radians. Raises ValueError for an unknown layout.
+    angles are off by about 6·10⁻⁸·n radians. Raises ValueError for a single number as positions, or an unknown layout.
     """
     _require_layout(layout)
+    if positions.ndim == 0:
+        raise ValueError("positions must have shape (T,) or (..., T), got ()")
     angle = positions.to(torch.float64)[..., None] * inv_freq.to(torch.float64)
     cos, sin = factor * angle.cos(), factor * angle.sin()
     cos = torch.cat((cos, cos), -1) if layout == "half" else cos.repeat_interleave(2, -1)
@@ -37,29 +39,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str = "half") -> Tens
 
     x: (..., T, dim), any floating dtype, left as it is; cos, sin: from :func:`rope_tables`, with leading dimensions
     that are the first ones of x (those that are missing before T are broadcast). Features from 2D on are returned
-    unrotated. Returns the shape and dtype of x; differentiable. Raises as :func:`apply_rope`.
+    unrotated. Returns the shape and dtype of x, whatever that of the tables; differentiable.
+    Raises as :func:`apply_rope`.
     """
     _require_layout(layout)
     if not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {x.dtype}")
-    D, dim = sin.shape[-1], x.shape[-1]
-    if 2 * D > dim:
-        raise ValueError(f"x must have at least 2 * len(inv_freq) = {2 * D} features to rotate, got {dim}")
-    shape = sin.shape[:-1]
-    if not 1 <= len(shape) < x.ndim or any(a not in (1, b) for a, b in zip(shape[:-1], x.shape, strict=False)) or (
-        shape[-1] != x.shape[-2]
-    ):
-        raise ValueError(f"positions must have shape (T,) or (..., T) for x {tuple(x.shape)}, got {tuple(shape)}")
-    ones = (1,) * (x.ndim - 1 - len(shape))
-    cos, sin = (table.reshape(*shape[:-1], *ones, shape[-1], table.shape[-1]) for table in (cos, sin))
+    if 2 * sin.shape[-1] > x.shape[-1]:
+        raise ValueError(f"x must have at least 2 * len(inv_freq) = {2 * sin.shape[-1]} features, got {x.shape[-1]}")
+    *batch, T, D = sin.shape
+    if sin.ndim > x.ndim or T != x.shape[-2] or any(a not in (1, b) for a, b in zip(batch, x.shape, strict=False)):
+        raise ValueError(f"positions must have shape (T,) or (..., T) for x {tuple(x.shape)}, got {(*batch, T)}")
+    dim, ones = x.shape[-1], (1,) * (x.ndim - sin.ndim)
+    cos, sin = (table.reshape(*batch, *ones, T, -1) for table in (cos, sin))
     pairs, axis = ((2, D), -2) if layout == "half" else ((D, 2), -1)
-    y = x * F.pad(cos, (0, dim - 2 * D), value=1.0)
     x_a, x_b = x[..., : 2 * D].unflatten(-1, pairs).unbind(axis)
+    if torch.compiler.is_compiling():  # one fused kernel, where updates in place would be two
+        cos = cos.unflatten(-1, pairs).select(axis, 0)
+        y = torch.stack((x_a * cos - x_b * sin, x_b * cos + x_a * sin), axis).flatten(-2)
+        return torch.cat((y, x[..., 2 * D :]), -1).to(x.dtype)
+    y = x * F.pad(cos, (0, dim - 2 * D), value=1.0)
     y_a, y_b = (y[..., : 2 * D].unflatten(-1, pairs).select(axis, i) for i in range(2))
-    # In place on the new tensor: two passes less than joining halves, and one fused kernel when compiled.
+    # In place on the new tensor: fewer passes over memory than joining two halves.
     y_a.addcmul_(x_b, sin, value=-1)
     y_b.addcmul_(x_a, sin)
-    return y
+    return y.to(x.dtype)
 
 
 def apply_rope(
