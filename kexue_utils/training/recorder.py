@@ -135,7 +135,8 @@ def record(name, *, device="cpu", seeds=None, smoke=False, out=None):
         results[unit]["seconds"] = round(results[unit]["seconds"] + piece["seconds"], 2)
     path = out / f"{file}.json"
     _write(path, {
-        "schema": SCHEMA, "digest": results_digest(results), "name": name, "title": chosen.title, "smoke": smoke, "seeds": seeds, "units": results,
+        "schema": SCHEMA, "digest": results_digest(results), "name": name,
+        "title": chosen.title, "smoke": smoke, "seeds": seeds, "units": results,
         "summary": _plain(chosen.conclude(results)), "sources": made_of, "date": date.today().isoformat(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "workers": workers,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda},
