@@ -154,7 +154,8 @@ def link_holds(kind, left, right, mistakes, tight, slack):
 
 def agrees(mean, right, sigma):
     """Is every component of the mean within ``sigma`` standard errors (up to rounding, where it does not vary)?"""
-    return bool((np.abs(mean.mean - right) <= sigma * mean.error + ATOL + RTOL * np.abs(right)).all())
+    close = np.abs(mean.mean - right) <= sigma * mean.error + ATOL + RTOL * np.abs(right)
+    return bool((close & np.isfinite(right)).all())
 
 
 def differs(kind, left, right, mistake, tight=False, slack=0.0):

@@ -232,3 +232,10 @@ def test_other_seeds(monkeypatch):
     monkeypatch.setenv("LEDGER_SEED_SHIFT", "1")
     record(function)
     assert not set(seen[:21]) & set(first)
+
+
+def test_an_infinite_right_side_does_not_hold():
+    def function(rng):
+        return Mean(rng.normal(size=20_000)), -np.inf, 1.0
+
+    assert "does not hold" in failure(function)
