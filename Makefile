@@ -39,8 +39,11 @@ notebooks: $(VENV)/.all  ## execute the texts (ONLY=part/slug) and store them as
 ledger: $(VENV)/.book  ## read the notebooks' checks into book/ledger.json (ACCEPT=label)
 	@$(PY) -m kexue_utils.ledger collect $(if $(ACCEPT),--accept $(ACCEPT))
 
-bench: $(VENV)/.all  ## our implementations beside the best public ones
-	@for script in $$(find benchmarks -name 'bench_*.py' | sort); do echo "== $$script"; $(PY) $$script || exit 1; done
+bench: $(VENV)/.all  ## our implementations beside the best public ones (STORE=1 keeps the tables for the book)
+	@for script in $$(find benchmarks -name 'bench_*.py' | sort); do \
+	  echo "== $$script"; module=$$(echo $${script%.py} | tr / .); kept=$${script%.py}.cpu.txt; \
+	  $(PY) -m $$module > $(VENV)/bench.txt || { cat $(VENV)/bench.txt; exit 1; }; cat $(VENV)/bench.txt; \
+	  if [ -n "$(STORE)" ]; then cp $(VENV)/bench.txt $$kept; fi; done
 
 lint: $(VENV)/.all  ## ruff, on the notebooks too
 	@$(PY) -m ruff check .

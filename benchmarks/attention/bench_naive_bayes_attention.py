@@ -1,6 +1,6 @@
 """Naive Bayes and the attention model side by side with their peers, in one run; prints ratios.
 
-python benchmarks/attention/bench_naive_bayes_attention.py [--rows 1000000] [--symbols 48] [--repeats 3]
+python -m benchmarks.attention.bench_naive_bayes_attention [--rows 1000000] [--symbols 48] [--repeats 3]
 """
 
 import argparse
@@ -11,6 +11,7 @@ import torch
 from sklearn.naive_bayes import CategoricalNB, MultinomialNB
 from torch import nn
 
+from benchmarks.timing import header
 from kexue_utils.attention.naive_bayes_attention import NGramNaiveBayes, SkipGramAttentionLM
 
 W = 8
@@ -80,5 +81,6 @@ if __name__ == "__main__":
     parser.add_argument("--symbols", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
+    header("cpu", ("torch", "scikit-learn"), torch.get_num_threads())
     naive_bayes(arguments.rows, arguments.symbols, arguments.repeats)
     attention(arguments.repeats)

@@ -6,6 +6,7 @@ Prints the median, fastest and slowest of the runs, and exits 1 if the median is
 import functools
 import http.server
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import yaml
 from playwright.sync_api import sync_playwright
+
+from benchmarks.timing import header
 
 ROOT = Path(__file__).resolve().parents[2]
 EQUATIONS, RUNS, BUDGET = 40, 7, 1.5
@@ -79,6 +82,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         write_page(Path(folder))
         seconds = measure(Path(folder))
+    header("cpu", ("playwright",), threads=os.cpu_count())
     median = statistics.median(seconds)
     print(f"{EQUATIONS} equations, {RUNS} runs: median {median:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), "
           f"budget {BUDGET} s")  # fmt: skip

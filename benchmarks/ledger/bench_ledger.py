@@ -11,6 +11,7 @@ import numpy as np
 import sympy as sp
 import torch
 
+from benchmarks.timing import header
 from kexue_utils.attention.naive_bayes_attention import combine_log_probs, strict_naive_bayes
 from kexue_utils.ledger import Mean, Slope, check, show
 
@@ -147,6 +148,7 @@ CHECKS += [pair for size in SIZES for pair in numeric(size)]
 
 
 def main():
+    header("cpu", ("sympy", "numpy"), threads=1)
     print(f"{'check':14}{'kind':13}{'mutants':>8}{'s':>8}")
     total, count = 0.0, 0
     for number, (function, of) in enumerate(CHECKS, 1):

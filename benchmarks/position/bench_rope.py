@@ -1,20 +1,18 @@
 """Rotary positions side by side with transformers and rotary-embedding-torch, in one run; prints ratios.
 
-python benchmarks/position/bench_rope.py [--device cuda] [--shape 1 32 2048 128] [--repeats 15]
+python -m benchmarks.position.bench_rope [--device cuda] [--shape 1 32 2048 128] [--repeats 15]
 
 Queries and keys of the same shape (B, H, T, d). "copy" reads and writes the same bytes once: nothing can be faster.
 """
 
 import argparse
-import platform
-from importlib.metadata import version
 
 import rotary_embedding_torch
 import torch
-from timing import seconds, table
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from benchmarks.timing import header, seconds, table
 from kexue_utils.position.rope_base_beta import RotaryEmbedding, apply_rope, rope_inv_freq, rotate
 
 
@@ -64,12 +62,9 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cuda = arguments.device == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, 1 thread"
-    peers = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "rotary-embedding-torch"))
-    print(f"{machine}; {peers}")
+    header(arguments.device, ("torch", "transformers", "rotary-embedding-torch"), threads=1)
     print("ratio: time of the peer over ours")
-    shapes = [(8, 32, 4096, 128)] if cuda else [(1, 8, 2048, 64), (1, 32, 2048, 128)]
+    shapes = [(8, 32, 4096, 128)] if arguments.device == "cuda" else [(1, 8, 2048, 64), (1, 32, 2048, 128)]
     for shape in [tuple(arguments.shape)] if arguments.shape else shapes:
         for dtype in (torch.float32, torch.bfloat16):
             measure(shape, dtype, arguments.device, arguments.repeats)

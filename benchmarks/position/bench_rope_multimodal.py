@@ -1,22 +1,20 @@
 """Positions of a million patches, and rotation by three coordinates, side by side with RoPE-1D and transformers.
 
-python benchmarks/position/bench_rope_multimodal.py [--device cuda] [--shape 1 32 2048 128] [--repeats 15]
+python -m benchmarks.position.bench_rope_multimodal [--device cuda] [--shape 1 32 2048 128] [--repeats 15]
 
 Layouts are built on the CPU. Queries and keys of the same shape (B, H, T, d). "copy" reads and writes the same bytes
 once: nothing can be faster.
 """
 
 import argparse
-import platform
-from importlib.metadata import version
 from math import isqrt
 from types import SimpleNamespace
 
 import torch
-from timing import seconds, table
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLRotaryEmbedding, apply_rotary_pos_emb
 
+from benchmarks.timing import header, seconds, table
 from kexue_utils.position.rope_base_beta import apply_rope, rope_inv_freq, rope_tables, rotate
 from kexue_utils.position.rope_multimodal import (
     SCHEMES,
@@ -105,12 +103,10 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=15)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cuda = arguments.device == "cuda"
-    machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()}, 1 thread"
-    print(f"{machine}; " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers")))
+    header(arguments.device, ("torch", "transformers"), threads=1)
     print("ratio: time of the peer over ours")
     measure_layouts(1000, arguments.repeats)
-    shapes = [(8, 32, 4096, 128)] if cuda else [(1, 8, 2048, 64), (1, 32, 2048, 128)]
+    shapes = [(8, 32, 4096, 128)] if arguments.device == "cuda" else [(1, 8, 2048, 64), (1, 32, 2048, 128)]
     for shape in [tuple(arguments.shape)] if arguments.shape else shapes:
         for dtype in (torch.float32, torch.bfloat16):
             measure_rotation(shape, dtype, arguments.device, arguments.repeats)

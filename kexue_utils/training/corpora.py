@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import platform
+import sysconfig
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,6 +39,34 @@ def python_sources(package="sympy", sha256=SYMPY):
     texts = {name: path.read_bytes() for name, path in paths}
     _known(b"".join(texts.values()), sha256, f"the sources of {package!r}")
     return texts
+
+
+def standard_library():
+    """({path: bytes}, provenance): the .py files of this Python's standard library without its tests, sorted by path.
+
+    Every version of Python has another text, so a record keeps {python, files, bytes, sha256} of what it was run on.
+    """
+    root, left_out = Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "dist-packages", "test", "tests"}
+    paths = sorted((path.relative_to(root).as_posix(), path) for path in root.rglob("*.py"))
+    texts = {name: path.read_bytes() for name, path in paths if not left_out & set(Path(name).parts)}
+    joined = b"".join(texts.values())
+    provenance = {"python": platform.python_version(), "files": len(texts), "bytes": len(joined)}
+    return texts, provenance | {"sha256": hashlib.sha256(joined).hexdigest()}
+
+
+def split_files(texts, held_out):
+    """(train, validation, test) of {path: bytes}: a file goes where the SHA-256 of its path says, so that nothing of
+    a held-out file is ever trained on; each of the last two gets a share of about `held_out` of the files.
+    """
+    if not 0 < held_out < 0.5:
+        raise ValueError(f"held_out = {held_out!r}: it must be positive and below a half")
+
+    def place(name):  # uniform on [0, 1)
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+
+    train = {name: text for name, text in texts.items() if place(name) >= 2 * held_out}
+    validation = {name: text for name, text in texts.items() if held_out <= place(name) < 2 * held_out}
+    return train, validation, {name: text for name, text in texts.items() if place(name) < held_out}
 
 
 def _known(data, sha256, what):

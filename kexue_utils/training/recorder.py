@@ -33,12 +33,14 @@ class Experiment:
     units:     smoke → {unit name: its parameters}; a unit is what one device works on at a time.
     run:       (parameters, seeds, device, checkpoint) → one dict per seed, in the order of `seeds`.
     conclude:  {unit name: {"parameters", "runs"}} → summary; computed from the record alone, so that it can be redone.
+    stacked:   a unit trains all its seeds side by side; if not, each seed is a job of its own, with its own checkpoint.
     """
 
     title: str
     units: Callable[[bool], dict]
     run: Callable[..., list]
     conclude: Callable[[dict], dict]
+    stacked: bool = True
 
 
 class Checkpoint:
@@ -81,9 +83,9 @@ def _write(path, value):
     os.replace(fresh, path)
 
 
-def _jobs(units, seeds, workers):
+def _jobs(units, seeds, workers, stacked):
     """(unit, seeds) for every piece of work; seeds are dealt out too where there are fewer units than workers."""
-    blocks = min(len(seeds), -(-workers // len(units)))
+    blocks = min(len(seeds), -(-workers // len(units))) if stacked else len(seeds)
     return [(unit, seeds[b::blocks]) for unit in units for b in range(blocks)]
 
 
@@ -113,7 +115,7 @@ def record(name, *, device="cpu", seeds=None, smoke=False, out=None):
     file = f"{name}.smoke" if smoke else name
     partial = out / f"{file}.{digest(json.dumps([units, made_of, seeds], sort_keys=True))}.partial"
     partial.mkdir(parents=True, exist_ok=True)
-    jobs = _jobs(units, list(range(seeds)), workers)
+    jobs = _jobs(units, list(range(seeds)), workers, chosen.stacked)
     for number, (unit, block) in enumerate(jobs):
         done = partial / f"{number}.json"
         if number % workers != rank or done.exists():
@@ -153,12 +155,12 @@ def results_digest(units):
 
 def _small(chosen):
     """What the smoke-size run gives on a CPU with 2 seeds: {unit: runs}, the behaviour that `confirm` compares."""
-    units = chosen.units(True)
+    units, small = chosen.units(True), {}
     with tempfile.TemporaryDirectory() as folder:
-        return {
-            unit: _plain(chosen.run(parameters, [0, 1], torch.device("cpu"), Checkpoint(Path(folder) / f"{i}.pt")))
-            for i, (unit, parameters) in enumerate(units.items())
-        }
+        for number, (unit, seeds) in enumerate(_jobs(units, [0, 1], 1, chosen.stacked)):
+            checkpoint = Checkpoint(Path(folder) / f"{number}.pt")
+            small.setdefault(unit, []).extend(_plain(chosen.run(units[unit], seeds, torch.device("cpu"), checkpoint)))
+    return small
 
 
 def _close(first, second):

@@ -3,12 +3,18 @@
 from importlib import import_module
 
 _TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
+_MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
+_ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
     "naive_bayes_lengths": f"{_TEXT}:LENGTHS",
-    "rope_induction": "kexue_utils.position.rope_base_beta.experiments:INDUCTION",
     "naive_bayes_depth": f"{_TEXT}:DEPTH",
+    "rope_induction": f"{_ROPE}:INDUCTION",
+    "rope_text": f"{_ROPE}:TEXT",
+    "multimodal_digits": f"{_MULTIMODAL}:DIGITS",
+    "multimodal_shapes": f"{_MULTIMODAL}:SHAPES",
+    "multimodal_text": f"{_MULTIMODAL}:TEXT",
 }
 
 

@@ -189,6 +189,10 @@ def test_collisions_and_disorder_are_seen():
     late = layout([Text(2), Image(5, 5), Text(2)], "tv")
     late.positions[:, -3:] = late.positions[:, :1] + torch.arange(6.0, 9.0, dtype=torch.float64)  # K of M-RoPE
     assert not order_preserved(late)
+    late.positions[:, -3:] = late.positions.amax() + torch.arange(3)  # level with the last patch
+    assert not order_preserved(late)
+    late.positions[:, -3:] += 0.5
+    assert order_preserved(late)
     assert order_preserved(layout([Text(2)], "page")) and order_preserved(layout([], "tie"))
 
 

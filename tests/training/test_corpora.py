@@ -1,7 +1,14 @@
 import numpy as np
 import pytest
 
-from kexue_utils.training.corpora import deal_blocks, encode_common, pydoc_topics, python_sources
+from kexue_utils.training.corpora import (
+    deal_blocks,
+    encode_common,
+    pydoc_topics,
+    python_sources,
+    split_files,
+    standard_library,
+)
 
 
 def test_the_help_topics_are_the_known_ones_and_carry_their_licence(root):
@@ -34,3 +41,23 @@ def test_blocks_are_dealt_to_one_side_each_and_differ_between_seeds():
     )
     with pytest.raises(ValueError, match="held_out = 10"):
         deal_blocks(data, 0, held_out=10, size=5)
+
+
+def test_the_standard_library_is_itself_without_its_tests():
+    texts, provenance = standard_library()
+    assert texts["this.py"].startswith(b"s = ") and list(texts) == sorted(texts)
+    assert not any("test" in name.split("/") or "site-packages" in name for name in texts)
+    assert provenance["files"] == len(texts) > 300 and provenance["bytes"] == sum(map(len, texts.values()))
+    assert provenance["sha256"] == standard_library()[1]["sha256"]
+
+
+def test_a_file_is_in_one_split_whatever_the_others_are():
+    texts = {f"{i}.py": b"x" for i in range(400)}
+    parts = split_files(texts, 0.2)
+    assert sorted(name for part in parts for name in part) == sorted(texts)
+    assert [len(part) for part in parts] == pytest.approx([240, 80, 80], abs=25)
+    some = dict(list(texts.items())[:100])
+    for part, fewer in zip(parts, split_files(some, 0.2), strict=True):
+        assert fewer.keys() == part.keys() & some.keys()
+    with pytest.raises(ValueError, match=r"held_out = 0.5: it must be positive and below a half"):
+        split_files(texts, 0.5)

@@ -95,8 +95,9 @@ def test_rewritten_sources_are_accepted_only_with_the_same_numbers(toy, tmp_path
 
 
 def test_workers_share_units_then_seeds():
-    assert recorder._jobs(["a", "b"], [0, 1, 2], 2) == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
-    assert recorder._jobs(["a"], [0, 1, 2], 2) == [("a", [0, 2]), ("a", [1])]
+    assert recorder._jobs(["a", "b"], [0, 1, 2], 2, True) == [("a", [0, 1, 2]), ("b", [0, 1, 2])]
+    assert recorder._jobs(["a"], [0, 1, 2], 2, True) == [("a", [0, 2]), ("a", [1])]
+    assert recorder._jobs(["a", "b"], [0, 1], 3, False) == [("a", [0]), ("a", [1]), ("b", [0]), ("b", [1])]
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,8 @@ def cumulative_stretch(
     - ``ntk_mixed``   exp(a m^b), a = ln k/(d/2)^b; b = 1 is ``ntk_fixed``, 0 is ``pi``  (rope-family)
     - ``yarn_paper``  1/((1−γ)/k + γ), γ = clip((r−α)/(β_f−α), 0, 1), r = Lθ/2π        (rope-yarn)
     - ``llama3``      the same ramp with β_f = 4, Llama 3.1's
-    - ``yarn``        γ linear in the pair index, as in the released code              (rope-yarn-code)
+    - ``yarn``        γ linear in the pair index, as in the released code              (rope-yarn-code),
+                      which for L < 2πα, less than one turn of any pair, stretches nothing: here all but one pair
     - ``longrope``    Λ given: ``factors``, found by search
 
     b is read by ``ntk_mixed`` only, ``alpha`` = α and ``beta_fast`` = β_f (None: 32, and 4 for ``llama3``) by the yarn
@@ -142,7 +143,12 @@ def dynamic_scale(length: float, train_len: float, factor: float) -> float:
     """The stretch that the dynamic NTK rule asks for at length n: s·n/L − (s−1) for n > L, else 1   (rope-dynamic)
 
     length: n; train_len: L; factor: s ≥ 1. With s = 1 it is n/L; with s = k at n = kL it is k² − k + 1, not k.
+    Raises ValueError for train_len ≤ 1 or factor < 1.
     """
+    if not train_len > 1:
+        raise ValueError(f"train_len must be greater than 1, got {train_len}")
+    if not factor >= 1:
+        raise ValueError(f"factor must be at least 1, got {factor}")
     return factor * max(length, train_len) / train_len - (factor - 1)
 
 
@@ -157,9 +163,16 @@ def yarn_attention_factor(scale: float) -> float:
 
 
 def attention_factor(method: str, scale: float, train_len: float | None = None) -> float:
-    """The factor on q and on k that comes with a method: YaRN's, LongRoPE's √(1 + ln k/ln L), or 1 for the others."""
+    """The factor on q and on k that comes with a method: YaRN's, LongRoPE's √(1 + ln k/ln L) (rope-longrope), else 1.
+
+    Raises ValueError for an unknown method, and for ``longrope`` without train_len.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if method in ("yarn", "yarn_paper"):
         return yarn_attention_factor(scale)
     if method == "longrope":
+        if train_len is None or not train_len > 1:
+            raise ValueError(f"train_len must be greater than 1 for method 'longrope', got {train_len}")
         return math.sqrt(1 + math.log(scale) / math.log(train_len))
     return 1.0

@@ -30,8 +30,11 @@ class RotaryEmbedding(nn.Module):
     def set_scaling(self, method: str, scale: float = 1.0, *, factor: float | None = None, **options: Any) -> None:
         """Change the method; costs one table. ``options``: train_len, b, alpha, beta_fast, length, factors.
 
-        Errors as in :func:`cumulative_stretch`; nothing changes when it raises.
+        Errors as in :func:`cumulative_stretch`; TypeError for a dtype or device, as the table stays float64 and
+        follows the queries; nothing changes when it raises.
         """
+        if options.keys() & {"dtype", "device"}:
+            raise TypeError(f"options must not name a dtype or a device, got {sorted(options)}")
         inv_freq = rope_inv_freq(self.dim, base=self.base, method=method, scale=scale, **options)
         if factor is None:
             factor = attention_factor(method, scale, options.get("train_len"))
@@ -64,7 +67,7 @@ class RopeAttention(nn.Module):
     rope: a :class:`RotaryEmbedding` (one can serve all layers). logn: None (s_n = 1), ``"train"`` or ``"posthoc"``,
     s_n of :func:`~kexue_utils.position.rope_base_beta.logn_scale` with L = ``train_len`` and n the number of visible
     keys. It multiplies q alone, so that every row of the softmax uses its own n.
-    Raises ValueError for widths that don't divide, a rope wider than a head, or logn without train_len.
+    Raises ValueError for widths that don't divide, a rope wider than a head, or logn without a train_len above 1.
     """
 
     def __init__(self, d_model: int, n_heads: int, *, rope: RotaryEmbedding, logn: str | None = None,
@@ -78,6 +81,8 @@ class RopeAttention(nn.Module):
             raise ValueError(f"logn must be None, 'train' or 'posthoc', got {logn!r}")
         if logn is not None and train_len is None:
             raise ValueError(f"train_len is required for logn {logn!r}")
+        if logn is not None and not train_len > 1:
+            raise ValueError(f"train_len must be greater than 1, got {train_len}")
         self.n_heads, self.rope, self.logn, self.train_len = n_heads, rope, logn, train_len
         self.qkv = nn.Linear(d_model, 3 * d_model, bias=bias)
         self.out = nn.Linear(d_model, d_model, bias=bias)

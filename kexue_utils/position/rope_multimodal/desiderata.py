@@ -95,8 +95,8 @@ def check_equivalence(layout: Layout) -> Equivalence:
     image to be worth a number of tokens, K − L − 1.
     """
     enclosed = _enclosed(layout)
-    spans = [after - before for before, _, after in enclosed]
-    worth = tuple(span[0].item() - 1 if torch.equal(span, span[:1].expand_as(span)) else None for span in spans)
+    spans = [(after - before).unique().tolist() for before, _, after in enclosed]
+    worth = tuple(span.pop() - 1 if len(span) == 1 else None for span in spans)
     patches = tuple(grid.shape[1] for _, grid, _ in enclosed)
     return Equivalence(None if None in worth else worth == patches, worth, patches)
 
@@ -146,7 +146,7 @@ def desiderata(scheme: str, sizes: Sequence[tuple[int, int]], *, text: Text = DO
     """The row of a scheme in the table of wishes, computed over images h × w between texts   (mm-desiderata)
 
     sizes: (h, w), some with h ≠ w and some with h, w ≥ 2. Symmetric: the corner condition on rows and columns.
-    Isotropic: a row is as far from the next (in the 1-norm) as a column, h, w ≥ 2. Shape-independent: both steps are
+    Isotropic: a row is as far from the next (in the max-norm) as a column, h, w ≥ 2. Shape-independent: both steps are
     the same for all of these. Raises ValueError for an unknown scheme, or sizes that have no h, w ≥ 2.
     """
     layouts = [layout([text, Image(h, w), text], scheme) for h, w in sizes]
@@ -155,7 +155,7 @@ def desiderata(scheme: str, sizes: Sequence[tuple[int, int]], *, text: Text = DO
     if not steps:
         raise ValueError(f"sizes must have one with h, w >= 2, got {list(sizes)}")
     steps = torch.stack(steps)
-    vertical, horizontal = steps.abs().sum(-1).unbind(1)
+    vertical, horizontal = steps.abs().amax(-1).unbind(1)
     equivalences = [check_equivalence(found).holds for found in layouts]
     return Desiderata(
         compatible=check_compatibility(scheme).holds,

@@ -1,5 +1,7 @@
 """Images as one row of patches: how far apart neighbours come, at least."""
 
+from itertools import pairwise
+
 
 def grid_bandwidth(h: int, w: int) -> int:
     """Least, over all orders of the h × w patches, of the largest distance of two neighbours   (mm-bandwidth)
@@ -9,8 +11,12 @@ def grid_bandwidth(h: int, w: int) -> int:
     """
     if h < 1 or w < 1:
         raise ValueError(f"grid needs h>=1 and w>=1, got h={h}, w={w}")
-    cells = [(i, j) for i in range(h) for j in range(w)]
-    near = {(i, j): {(i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)} & set(cells) for i, j in cells}
+    rows = [[(i, j) for j in range(w)] for i in range(h)]
+    near = {cell: set() for row in rows for cell in row}
+    for line in (*rows, *zip(*rows, strict=True)):
+        for a, b in pairwise(line):
+            near[a].add(b)
+            near[b].add(a)
     k = 0
     while not _completes([], near, k):
         k += 1

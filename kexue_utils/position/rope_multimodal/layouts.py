@@ -7,6 +7,7 @@ from fractions import Fraction
 from itertools import pairwise
 from math import prod
 from numbers import Integral
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class Image:
 
     h: int
     w: int
+    step: ClassVar[float] = 1.0  # between the frames of a video
 
     def __post_init__(self):
         if not all(isinstance(n, Integral) and n >= 1 for n in self.shape):
@@ -75,8 +77,8 @@ class Video:
 class Layout:
     """Positions of the T tokens of a document on A axes.
 
-    positions: (A, T); on the rows and columns of an image these are its vertical and its horizontal axis, after a
-    time axis if A = 3. kind: (T,) int8, 0 text, 1 patch, 2 separator. next: the id that the next text token would
+    positions: (A, T); the last two axes are vertical and horizontal, the first of three is time, the only one of
+    ``flatten`` is rank. kind: (T,) int8, 0 text, 1 patch, 2 separator. next: the id that the next text token would
     get. spans: of every segment, its first token and the one after its last; separators are in no span.
     """
 
@@ -102,8 +104,8 @@ def layout(segments: Sequence[Text | Image | Video], scheme: str, *, start: int 
     - ``tv3``      (3): the same with time (mm-video); ``tv`` means ``tv3`` in a document with a video
     - ``mrope``    (3): (L + 1, L + i, L + j), K one more than the largest id (mm-mrope); frame f of a video has
       time L + 1 + ⌊(f − 1)·step⌋. Qwen2-VL, Qwen2.5-VL; Qwen3-VL and GLM-4V see a video as images between texts
-    - ``mrope_hw`` (3): as ``mrope`` but for K = L + max(h, w) + 1, whatever the time, as in transformers 5: after a
-      long video, text then takes ids that its frames have already
+    - ``mrope_hw`` (3): as ``mrope`` but for K = L + max(h, w) + 1, whatever the time, as in transformers 5.23: after
+      a long video, text then takes ids that its frames have already
 
     start: the first id. separators: put [IMG] and [/IMG] around every image and video: text tokens with an id each.
     Without them L is one less than the next free id, and symmetry needs text between any two images (UserWarning).
@@ -126,33 +128,30 @@ def layout(segments: Sequence[Text | Image | Video], scheme: str, *, start: int 
     if scheme.startswith(("tie", "tv")) and not separators:
         _warn_of_neighbours(segments, scheme)
     runs, spans, kind = _tokens(segments, separators)
-    positions, L, lo = torch.empty(axes, len(kind), dtype=torch.float64), Fraction(start) - 1, 0
-    for run in runs:
-        if isinstance(run, Image | Video):
-            sizes = (1,) * (axes - len(run.shape)) + run.shape
-            coordinates, L = place(sizes, getattr(run, "step", 1), L)
+    positions, L = torch.empty(axes, len(kind), dtype=torch.float64), Fraction(start) - 1
+    for run, block in zip(runs, positions.split([prod(run.shape) for run in runs], 1), strict=True):
+        if isinstance(run, Text):
+            coordinates, L = text(run.n, L, axes)
         else:
-            coordinates, L = text(int(run), L, axes)
-        hi = lo + coordinates[0].numel()
-        for row, coordinate in zip(positions, coordinates, strict=True):
-            row[lo:hi].view(coordinate.shape).copy_(coordinate)
-        lo = hi
+            sizes = (1,) * (axes - len(run.shape)) + run.shape
+            coordinates, L = place(sizes, run.step, L)
+        for row, coordinate in zip(block, coordinates, strict=True):
+            row.view(coordinate.shape).copy_(coordinate)
     if not dtype.is_floating_point and not torch.equal(positions, positions.floor()):
         raise ValueError(f"dtype must be a floating-point type for the fractional ids of {scheme!r}, got {dtype}")
     return Layout(positions.to(dtype), kind, float(L + 1), spans, segments, scheme)
 
 
 def _tokens(segments, separators):
-    """Runs (numbers of text tokens with images or videos between them), spans of the segments, kinds of the tokens."""
-    runs, spans, kinds, T = [0], [], [], 0
+    """Runs (one text, with its separators, before and after each image or video), spans of the segments, kinds."""
+    runs, spans, kinds, T = [Text(0)], [], [], 0
     for segment in segments:
         n, kind, border = prod(segment.shape), TEXT, 0
         if isinstance(segment, Text):
-            runs[-1] += n
+            runs[-1] = Text(runs[-1].n + n)
         else:
             kind, border = PATCH, int(separators)
-            runs[-1] += border
-            runs += [segment, border]
+            runs[-1:] = [Text(runs[-1].n + border), segment, Text(border)]
         spans.append((T + border, T + border + n))
         kinds += [(SEPARATOR, border), (kind, n), (SEPARATOR, border)]
         T += border + n + border

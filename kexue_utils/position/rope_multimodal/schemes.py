@@ -77,7 +77,8 @@ def _diagonal(n, L, axes):
 
 def _row(n, L, axes):
     """A run of text fills one row of the page; an empty one takes none."""
-    return _grid(_ramp(min(n, 1), L + 1, 1), _ramp(n, 1, 1)), L + min(n, 1)
+    rows = min(n, 1)
+    return _grid(torch.full((rows,), float(L + 1), dtype=torch.float64), _ramp(n, 1, 1)), L + rows
 
 
 def _flatten(sizes, step, L):

@@ -2,7 +2,7 @@
 
 import torch
 
-from kexue_utils.position.rope_base_beta.experiments import InductionLM, accuracy, periodic, train
+from kexue_utils.position.rope_base_beta.experiments.induction import InductionLM, accuracy, periodic, train
 
 
 def test_texts_repeat_with_their_period():

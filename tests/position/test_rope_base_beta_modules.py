@@ -166,6 +166,14 @@ def test_attention_is_causal():
         (lambda: RopeAttention(32, 4, rope=RotaryEmbedding(16)), "rope must have dim <= d_model / n_heads = 8, got"),
         (lambda: attention(logn="always", train_len=4), "logn must be None, 'train' or 'posthoc', got 'always'"),
         (lambda: attention(logn="train"), "train_len is required for logn 'train'"),
+        (lambda: attention(logn="posthoc", train_len=1), "train_len must be greater than 1, got 1"),
+        (lambda: needle_probability(0, 2.0), "n must be at least 1, got 0"),
+        (lambda: gaussian_entropy(torch.tensor([2.0, math.nan]), 1.0), "n must be at least 1, got nan"),
+        (lambda: entropy_preserving_scale(100, 512, 0.0), "sigma must be positive, got 0.0"),
+        (lambda: entropy_preserving_scale(100, 0, 1.0), "train_len must be at least 1, got 0"),
+        (lambda: entropy_preserving_scale(300, 512, 1.0), r"n must be at least .* = 310\.544, got 300"),
+        (lambda: frozen_entropy(1.0), "u must lie between 0 and 1, got 1.0"),
+        (lambda: frozen_entropy(torch.tensor([0.5, -0.5])), r"u must lie between 0 and 1, got \[0.5, -0.5\]"),
         (lambda: logn_scale(0, 512), "n_visible must be at least 1, got 0"),
         (lambda: logn_scale(torch.tensor([3, 0.5]), 512), "n_visible must be at least 1, got 0.5"),
         (lambda: logn_scale(4, 1), "train_len must be greater than 1, got 1"),
@@ -175,6 +183,12 @@ def test_attention_is_causal():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("option", [{"dtype": torch.float32}, {"device": "cpu"}])
+def test_the_table_has_no_dtype_or_device_of_its_own(option):
+    with pytest.raises(TypeError, match="options must not name a dtype or a device"):
+        RotaryEmbedding(8, **option)
 
 
 def test_logn_scale():
@@ -209,6 +223,8 @@ def test_entropy_preserving_scale_preserves_it():
     t = entropy_preserving_scale(n, 512, 1.5)
     assert_close(gaussian_entropy(n, 1.5 * t), gaussian_entropy(512, 1.5).expand(3))
     assert entropy_preserving_scale(512, 512, 1.5) == 1
+    least = 512 * math.exp(-0.5) * (1 + 1e-12)  # equal logits, t = 0
+    assert entropy_preserving_scale(least, 512, 1.0).item() < 1e-5
 
 
 def test_frozen_entropy():

@@ -84,6 +84,11 @@ def test_yarn_where_the_ramp_leaves_the_table():
     agree(rope_inv_freq(8, base=10.0, method="yarn", scale=8.0, train_len=10**4), theirs)
 
 
+def test_released_yarn_stretches_nothing_where_no_pair_makes_a_turn_and_ours_does():
+    assert_close(transformers_inv_freq("yarn", 64, L=2, factor=8.0)[0], rope_inv_freq(64, dtype=torch.float32))
+    assert (cumulative_stretch(64, "yarn", 8.0, train_len=2)[1:] == 8).all()
+
+
 def test_yarn_with_an_empty_ramp_stretches_all_but_the_first_pair():
     expected = torch.tensor([1.0, 8.0], dtype=torch.float64)
     assert_close(cumulative_stretch(4, "yarn", 8.0, train_len=5), expected)
@@ -211,6 +216,16 @@ def test_bad_input(kwargs, message):
         rope_inv_freq(kwargs.pop("dim"), **kwargs)
 
 
-def test_bad_scale_of_the_attention_factor():
-    with pytest.raises(ValueError, match="scale must be at least 1, got 0.5"):
-        yarn_attention_factor(0.5)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: yarn_attention_factor(0.5), "scale must be at least 1, got 0.5"),
+        (lambda: attention_factor("yarm", 8.0), "method must be one of none, pi, .*, got 'yarm'"),
+        (lambda: attention_factor("longrope", 8.0), "train_len must be greater than 1 for .* got None"),
+        (lambda: dynamic_scale(10, 0, 2), "train_len must be greater than 1, got 0"),
+        (lambda: dynamic_scale(10, 5, 0.5), "factor must be at least 1, got 0.5"),
+    ],
+)
+def test_bad_input_of_the_scales(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
