@@ -12,8 +12,8 @@ def w2_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
 
     x: (..., n), y: (..., m), any floating dtype; a, b: their weights, same shapes, not negative, normalised here, None
     for equal ones. Returns (...). O(n log n): two sorts if n = m without weights, else the steps of both distribution
-    functions merged. Differentiable. Raises ValueError for no samples, weights of another shape, negative weights or
-    weights that sum to 0.
+    functions merged. Differentiable. Raises ValueError for no samples, weights of another shape, and for weights
+    that are negative, not finite, or sum to 0.
     """
     if x.shape[-1] == 0 or y.shape[-1] == 0:
         raise ValueError(f"x and y must have samples, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
@@ -34,8 +34,8 @@ def _distribution(name, x, weights):
     if weights.shape != x.shape:
         raise ValueError(f"{name} must have the shape of its samples, {tuple(x.shape)}, got {tuple(weights.shape)}")
     total = weights.sum(-1, keepdim=True)
-    if (weights < 0).any() or not (total > 0).all():
-        raise ValueError(f"{name} must be weights that are not negative and do not sum to 0")
+    if not ((weights >= 0).all() and (total > 0).all() and total.isfinite().all()):
+        raise ValueError(f"{name} must be finite weights that are not negative and do not sum to 0")
     x, order = x.sort(-1)
     return x, (weights / total).gather(-1, order).cumsum(-1)
 
