@@ -85,6 +85,14 @@ def test_batches():
     assert_close(w2_1d(x, x[..., :1].expand(2, 3, 20)), (x - x[..., :1]).square().mean(-1))
 
 
+def test_half_precision():
+    """Sorted by torch, as numpy does not know the type."""
+    x, y, a, b = (tensor[:32].to(torch.bfloat16) for tensor in samples(4, 40, 40))
+    wide = [tensor.double() for tensor in (x, y, a, b)]
+    assert_close(w2_1d(x, y).double(), w2_1d(*wide[:2]), dtype=torch.bfloat16)
+    assert_close(w2_1d(x, y, a, b).double(), w2_1d(*wide), dtype=torch.bfloat16, scale=2)  # two sums of 32 weights
+
+
 def test_gradients():
     x, y, a, b = (tensor[:6] for tensor in samples(3, 8, 8))
     x.requires_grad_()

@@ -55,6 +55,7 @@ class FokkerPlanck:
         self.D, self.energy = D, values.ravel() / D
         self._log_p = -self.energy - logsumexp(-self.energy) - np.log(self.cell)
         self._edges(bc == "periodic")
+        self._L = self._matrix(self.ahead, self.back)
         self._factor = (None, None)
 
     def _edges(self, periodic):
@@ -79,7 +80,7 @@ class FokkerPlanck:
 
     def generator(self) -> sp.csc_array:
         """L of dq/dt = Lq, sparse (cells, cells): columns sum to 0, off the diagonal it is ≥ 0   (gf-scharfetter)"""
-        return self._matrix(self.ahead, self.back)
+        return self._L.copy()
 
     def stationary(self) -> np.ndarray:
         """p = e^{−V/D}/Z on the grid, where every flux is 0."""
@@ -112,24 +113,22 @@ class FokkerPlanck:
             return self._exponential(q, dt)
         if scheme == "be":
             return self._solve(q, dt)
-        L = self.generator()
-        limit = 2 / -L.diagonal().min()
+        limit = 2 / -self._L.diagonal().min()
         if dt > limit:
             warnings.warn(f"cn may turn negative for dt > 2/max|L_ii| = {limit:.3g}, got {dt}", stacklevel=3)
-        return self._solve(q + dt / 2 * (L @ q), dt / 2)
+        return self._solve(q + dt / 2 * (self._L @ q), dt / 2)
 
     def _solve(self, q, c):
         """(I − cL)⁻¹ q. An M-matrix, its pivots on the diagonal: no subtraction, so nothing gets negative."""
         if self._factor[0] != c:
-            matrix = sp.csc_array(sp.eye_array(len(q)) - c * self.generator())
+            matrix = sp.csc_array(sp.eye_array(len(q)) - c * self._L)
             options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
             self._factor = (c, splu(matrix, **options))
         return self._factor[1].solve(q)
 
     def _exponential(self, q, t):
         """e^{tL}q as the mean over Poisson many jumps of the chain I + L/Λ, which has no negative entry."""
-        L = self.generator().tocsr()
-        rate = -L.diagonal().min()
+        rate = -self._L.diagonal().min()
         pieces = int(np.ceil(rate * t / _JUMPS))
         mean = rate * t / pieces
         k = np.arange(int(mean + 9 * np.sqrt(mean) + 20))
@@ -137,7 +136,7 @@ class FokkerPlanck:
         for _ in range(pieces):
             total, jumped = weights[0] * q, q
             for weight in weights[1:]:
-                jumped = jumped + (L @ jumped) / rate
+                jumped = jumped + (self._L @ jumped) / rate
                 total = total + weight * jumped
             q = total
         return q

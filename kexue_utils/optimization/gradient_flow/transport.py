@@ -3,6 +3,7 @@
 Source: https://kexue.fm/archives/9660; F. Santambrogio, arXiv:1609.03890
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,20 @@ def w2_1d(x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None
     if x.shape[-1] == 0 or y.shape[-1] == 0:
         raise ValueError(f"x and y must have samples, got shapes {tuple(x.shape)} and {tuple(y.shape)}")
     if a is None and b is None and x.shape[-1] == y.shape[-1]:
-        return (x.sort(-1).values - y.sort(-1).values).square().mean(-1)
+        return (_sort(x) - _sort(y)).square().mean(-1)
     (x, a), (y, b) = _distribution("a", x, a), _distribution("b", y, b)
     batch = torch.broadcast_shapes(x.shape[:-1], y.shape[:-1])
-    x, a, y, b = (tensor.expand(*batch, -1).contiguous() for tensor in (x, a, y, b))
-    levels = torch.cat((a, b), -1).sort(-1).values
+    x, a, y, b = (tensor.expand(*batch, -1) for tensor in (x, a, y, b))
+    levels = torch.cat((a, b), -1)
+    order = _argsort(levels, stable=True)
+    levels = levels.gather(-1, order)
     du = levels.diff(dim=-1, prepend=torch.zeros_like(levels[..., :1]))
-    return (du * (_quantile(x, a, levels) - _quantile(y, b, levels)).square()).sum(-1)
+    # How many steps of x, and of y, lie below each level; rounding may leave one distribution's last level above 1.
+    from_x = order < x.shape[-1]
+    of_x = from_x.cumsum(-1).sub_(from_x.byte())
+    of_y = torch.arange(levels.shape[-1], device=levels.device) - of_x
+    x, y = (z.gather(-1, index.clamp_(max=z.shape[-1] - 1)) for z, index in ((x, of_x), (y, of_y)))
+    return (du * (x - y).square()).sum(-1)
 
 
 def _distribution(name, x, weights):
@@ -36,10 +44,22 @@ def _distribution(name, x, weights):
     total = weights.sum(-1, keepdim=True)
     if not ((weights >= 0).all() and (total > 0).all() and total.isfinite().all()):
         raise ValueError(f"{name} must be finite weights that are not negative and do not sum to 0")
-    x, order = x.sort(-1)
-    return x, (weights / total).gather(-1, order).cumsum(-1)
+    order = _argsort(x)
+    return x.gather(-1, order), (weights / total).gather(-1, order).cumsum(-1)
 
 
-def _quantile(x, cdf, levels):
-    index = torch.searchsorted(cdf, levels).clamp(max=x.shape[-1] - 1)  # rounding may leave the last level above 1
-    return x.gather(-1, index)
+# On the CPU numpy sorts about ten times faster than torch.
+
+
+def _in_numpy(x):
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def _sort(x):
+    return torch.from_numpy(np.sort(x.numpy())) if _in_numpy(x) and not x.requires_grad else x.sort(-1).values
+
+
+def _argsort(x, stable=False):
+    if _in_numpy(x):
+        return torch.from_numpy(np.argsort(x.detach().numpy(), kind="stable" if stable else None))
+    return x.argsort(dim=-1, stable=stable)
