@@ -60,7 +60,7 @@ def langevin(
     for step in range(1, steps + 1):
         x, share = next(moves)
         accepted += share
-        good += (good == step - 1) & torch.isfinite(torch.linalg.vector_norm(x, math.inf))
+        good += (good == step - 1) & torch.isfinite((0 * x).sum())  # nan unless all of x is finite
         if step % thin == 0:
             samples[step // thin - 1] = x
     if good < steps:
