@@ -118,8 +118,7 @@ def test_proximal_points_are_stationary_and_descend(lr):
     start = 5 * torch.randn(50, 2, generator=rng, dtype=torch.float64)
     path = prox_path(grad, hess, start, lr, 5)
     old, new = path[:-1], path[1:]
-    residual = (new - old + lr * grad(new)) / (1 + lr)
-    assert residual.abs().max() < 1e-12 * (1 + start.abs().max())
+    assert (new - old + lr * grad(new)).abs().max() < 1e-12 * (1 + lr) * (1 + start.abs().max())
     assert (f(new) + (new - old).square().sum(-1) / (2 * lr) <= f(old) + 1e-12).all()
     assert (f(new) + (new - old).square().sum(-1) / lr <= f(old) + 1e-12).all()  # f is convex
 
@@ -356,7 +355,7 @@ def test_bad_arguments():
 def test_proximal_step_without_a_solution():
     """No x near the start solves x − x₀ + α e^{…} = 0: the message says where Newton stood."""
     x0 = torch.zeros(1, dtype=torch.float64)
-    with pytest.raises(ConvergenceError, match=r"no proximal point at step 0: the residual is 0\.\d+, tol 1e-12"):
+    with pytest.raises(ConvergenceError, match=r"no proximal point at step 0: the residual is 1, not \de-12"):
         prox_path(lambda x: -x - 1, lambda x: -torch.ones(1, 1, dtype=torch.float64), x0, 1.0, 3)
     with pytest.raises(ConvergenceError, match="at step 0"):
         prox_path(lambda x: -x + 1 + x**2, lambda x: torch.diag_embed(2 * x - 1), x0 + 0.5, 1.0, 1)

@@ -9,7 +9,7 @@ from .errors import ConvergenceError
 from .euclidean import NORMS, gd_path, gradient_flow, modified_gradient, prox_path, steepest_direction
 from .fokker_planck import FokkerPlanck, bernoulli
 from .gaussian import GaussianTarget, bures_w2
-from .langevin import LangevinRun, langevin
+from .langevin import LangevinRun, langevin, log_proposal
 from .quantile_jko import JKOInfo, QuantileJKO1D
 from .transport import w2_1d
 
@@ -31,6 +31,7 @@ __all__ = [
     "gd_path",
     "gradient_flow",
     "langevin",
+    "log_proposal",
     "modified_gradient",
     "prox_path",
     "steepest_direction",

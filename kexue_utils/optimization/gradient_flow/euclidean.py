@@ -54,8 +54,8 @@ def prox_path(
 
     grad, hess: ∇f and its Hessian as functions of x (..., d), with values (..., d) and (..., d, d). Returns
     (steps+1, ..., d), x0 first. Newton from x_k with step halving: it finds a stationary point, which is the minimiser
-    if α < 1/λ⁻, −λ⁻ the most negative curvature of f; for convex f, with any α. ``tol``: the largest entry of
-    (x − x_k + α∇f(x))/(1+α), relative to 1 + max|x_k|.
+    if α < 1/λ⁻, −λ⁻ the most negative curvature of f; for convex f, with any α. ``tol``: the largest entry
+    of x − x_k + α∇f(x), relative to (1+α)(1 + max|x_k|).
     Raises ValueError for an lr or steps that is not positive; ConvergenceError, with step and residual.
     """
     require_positive(lr=lr, tol=tol)
@@ -68,18 +68,19 @@ def prox_path(
 
 def _prox(grad, hess, x0, lr, tol, step):
     def residual(x):
-        return (x - x0 + lr * grad(x)) / (1 + lr)
+        return x - x0 + lr * grad(x)
 
     eye = torch.eye(x0.shape[-1], dtype=x0.dtype, device=x0.device)
     x, r = x0, residual(x0)
+    enough = tol * (1 + lr) * (1 + x0.abs().max())
     for _ in range(_MAX_NEWTON):
-        if r.abs().max() <= tol * (1 + x0.abs().max()):
+        if r.abs().max() <= enough:
             return x
-        direction, info = torch.linalg.solve_ex((eye + lr * hess(x)) / (1 + lr), r)
+        direction, info = torch.linalg.solve_ex(eye + lr * hess(x), r)
         if info.any():
             break
         x, r = _halve(residual, x, r, direction)
-    raise ConvergenceError(f"no proximal point at step {step}: the residual is {r.abs().max():.3g}, tol {tol:.3g}")
+    raise ConvergenceError(f"no proximal point at step {step}: the residual is {r.abs().max():.3g}, not {enough:.3g}")
 
 
 def _halve(residual, x, r, direction):
@@ -113,13 +114,17 @@ def gradient_flow(
     if len(ts) < 2 or any(not a < b for a, b in zip(ts, ts[1:], strict=False)):
         raise ValueError(f"ts must be at least two increasing times, got {ts}")
     require_positive(rtol=rtol, atol=atol)
-    x, t, k = x0, ts[0], -grad(x0)
+
+    def velocity(x):
+        return -grad(x)
+
+    x, t, k = x0, ts[0], velocity(x0)
     h = span = ts[-1] - ts[0]
     path = [x0]
     for target in ts[1:]:
         while t < target:
             step = min(h, target - t)
-            y, k_y, error = _dormand_prince(grad, x, k, step)
+            y, k_y, error = _dormand_prince(velocity, x, k, step)
             ratio = (error.abs() / (atol + rtol * torch.maximum(x.abs(), y.abs()))).max().item()
             change = min(_GROW, max(_SHRINK, _SAFETY * ratio**-0.2)) if 0 < ratio < float("inf") else _SHRINK
             if ratio <= 1:
@@ -135,12 +140,12 @@ def gradient_flow(
     return torch.stack(path)
 
 
-def _dormand_prince(grad, x, k, h):
+def _dormand_prince(velocity, x, k, h):
     """One step: the point of order 5, the velocity there, and the difference from order 4."""
     ks = [k]
     for row in _STAGES:
         y = x + h * sum(a * stage for a, stage in zip(row, ks, strict=True))
-        ks.append(-grad(y))
+        ks.append(velocity(y))
     return y, ks[-1], h * sum(e * stage for e, stage in zip(_ERROR, ks, strict=True))
 
 

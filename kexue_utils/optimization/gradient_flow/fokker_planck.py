@@ -14,6 +14,9 @@ from scipy.special import gammaln, logsumexp, xlogy
 from .errors import require_count, require_positive
 
 SCHEMES = ("be", "cn", "expm")
+# What keeps the pivots of an M-matrix on its diagonal, and then its factors without a positive off-diagonal entry.
+_M_MATRIX = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
+_SHIFT, _SEED = -1e-3, 0  # of the eigenvalue solver
 _JUMPS = 500.0  # mean number of jumps in a piece of an exponential; exp(-_JUMPS) must not underflow
 
 
@@ -56,7 +59,7 @@ class FokkerPlanck:
         self._log_p = -self.energy - logsumexp(-self.energy) - np.log(self.cell)
         self._edges(bc == "periodic")
         self._L = self._matrix(self.ahead, self.back)
-        self._factor = (None, None)
+        self._c = self._lu = None
 
     def _edges(self, periodic):
         """Neighbouring cells a, b and the rates of the jumps a → b and b → a."""
@@ -103,7 +106,7 @@ class FokkerPlanck:
         path = [self._require_density(q)]
         for _ in range(steps):
             path.append(self._advance(path[-1], dt, scheme))
-        return np.stack(path).reshape(-1, *self.shape)
+        return np.stack(path).reshape(len(path), *self.shape)
 
     def _advance(self, q, dt, scheme):
         require_positive(dt=dt)
@@ -113,26 +116,21 @@ class FokkerPlanck:
             return self._exponential(q, dt)
         if scheme == "be":
             return self._solve(q, dt)
-        limit = 2 / -self._L.diagonal().min()
-        if dt > limit:
-            warnings.warn(f"cn may turn negative for dt > 2/max|L_ii| = {limit:.3g}, got {dt}", stacklevel=3)
+        _warn_of_signs(self._L, dt)
         return self._solve(q + dt / 2 * (self._L @ q), dt / 2)
 
     def _solve(self, q, c):
-        """(I − cL)⁻¹ q. An M-matrix, its pivots on the diagonal: no subtraction, so nothing gets negative."""
-        if self._factor[0] != c:
-            matrix = sp.csc_array(sp.eye_array(len(q)) - c * self._L)
-            options = {"permc_spec": "MMD_AT_PLUS_A", "diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
-            self._factor = (c, splu(matrix, **options))
-        return self._factor[1].solve(q)
+        """(I − cL)⁻¹ q. An M-matrix is solved without a subtraction: nothing gets negative."""
+        if self._c != c:
+            self._lu = splu(sp.csc_array(sp.eye_array(len(q)) - c * self._L), **_M_MATRIX)
+            self._c = c
+        return self._lu.solve(q)
 
     def _exponential(self, q, t):
         """e^{tL}q as the mean over Poisson many jumps of the chain I + L/Λ, which has no negative entry."""
         rate = -self._L.diagonal().min()
         pieces = int(np.ceil(rate * t / _JUMPS))
-        mean = rate * t / pieces
-        k = np.arange(int(mean + 9 * np.sqrt(mean) + 20))
-        weights = np.exp(k * np.log(mean) - mean - gammaln(k + 1))
+        weights = _poisson(rate * t / pieces)
         for _ in range(pieces):
             total, jumped = weights[0] * q, q
             for weight in weights[1:]:
@@ -164,8 +162,8 @@ class FokkerPlanck:
         """
         symmetric = np.sqrt(self.ahead * self.back)
         matrix = -self._matrix(symmetric, symmetric)
-        start = np.random.default_rng(0).normal(size=len(self.energy))
-        return float(eigsh(matrix, k=2, sigma=-1e-3 * self.D, v0=start, return_eigenvectors=False).max())
+        start = np.random.default_rng(_SEED).normal(size=len(self.energy))
+        return float(eigsh(matrix, k=2, sigma=_SHIFT, v0=start, return_eigenvectors=False).max())
 
     def _require_density(self, q):
         q = np.asarray(q, dtype=np.float64)
@@ -174,6 +172,18 @@ class FokkerPlanck:
         if not ((q >= 0) & np.isfinite(q)).all():
             raise ValueError(f"q must be finite and not negative, its least value is {q.min():g}")
         return q.ravel()
+
+
+def _poisson(mean):
+    """The probabilities of 0, 1, …, as far as they matter in float64."""
+    k = np.arange(int(mean + 9 * np.sqrt(mean) + 20))
+    return np.exp(k * np.log(mean) - mean - gammaln(k + 1))
+
+
+def _warn_of_signs(L, dt):
+    limit = 2 / -L.diagonal().min()
+    if dt > limit:
+        warnings.warn(f"cn may turn negative for dt > 2/max|L_ii| = {limit:.3g}, got {dt}", stacklevel=4)
 
 
 def _require_axis(axis):

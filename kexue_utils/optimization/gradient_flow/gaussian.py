@@ -40,9 +40,10 @@ def bures_w2(m1: ArrayLike, C1: ArrayLike, m2: ArrayLike, C2: ArrayLike) -> Tens
     C1, C2 = _require_spd("C1", C1), _require_spd("C2", C2)
     shift = torch.as_tensor(m1, dtype=torch.float64) - torch.as_tensor(m2, dtype=torch.float64)
     root = _spectral(C1, torch.sqrt)
-    overlap = torch.linalg.eigvalsh(root @ C2 @ root).clamp(min=0).sqrt().sum(-1)
+    # abs: rounding may leave a little less than 0.
+    overlap = torch.linalg.eigvalsh(root @ C2 @ root).abs().sqrt().sum(-1)
     trace = torch.einsum("...ii->...", C1 + C2)
-    return (shift**2).sum(-1) + (trace - 2 * overlap).clamp(min=0)
+    return (shift**2).sum(-1) + (trace - 2 * overlap).abs()
 
 
 class GaussianTarget:
@@ -134,8 +135,7 @@ class GaussianTarget:
         Raises ValueError for h ≤ 0 and for h ≥ 2/λ_max(A), where the step expands.
         """
         require_positive(h=h)
-        limit = 2 / torch.linalg.eigvalsh(self.A).max().item()
-        if h >= limit:
+        if h >= (limit := 2 / torch.linalg.eigvalsh(self.A).max().item()):
             raise ValueError(f"h must be less than 2/lambda_max(A) = {limit:.6g}, got {h}")
         return _spectral(self.A, lambda rate: 1 / (rate - h * rate**2 / 2))
 

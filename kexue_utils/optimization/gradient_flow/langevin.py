@@ -22,6 +22,14 @@ class LangevinRun(NamedTuple):
     acceptance: Tensor
 
 
+def log_proposal(x: Tensor, y: Tensor, g: Tensor, h: float) -> Tensor:
+    """log k(x→y) up to a constant, k(x→·) = N(x + hg, 2h), g = ∇log p(x): −|y − x − hg|²/4h   (gf-mala)
+
+    x, y, g: (..., d), which broadcast; returns (...).
+    """
+    return (y - x - h * g).square().sum(-1) / (-4 * h)
+
+
 def langevin(
     grad_logp: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -35,7 +43,7 @@ def langevin(
     """N particles of dx = ∇log p dt + √2 dW, in steps of time h   (gf-langevin)
 
     - ``ula``   x' = x + h∇log p(x) + √(2h) ξ; its stationary law is off by O(h)   (gf-ula)
-    - ``mala``  the same proposal y, accepted with min(1, p(y)k(y→x)/p(x)k(x→y)), k(x→·) = N(x+h∇log p(x), 2h):
+    - ``mala``  the same proposal y, accepted with min(1, p(y)k(y→x)/p(x)k(x→y)), k as in :func:`log_proposal`:
       p is its stationary law, for every h   (gf-mala)
 
     x: (N, d), any floating dtype and device, left as it is; grad_logp: (N, d) → (N, d), logp: (N, d) → (N,), up to a
@@ -60,7 +68,7 @@ def langevin(
     for step in range(1, steps + 1):
         x, share = next(moves)
         accepted += share
-        good += (good == step - 1) & torch.isfinite((0 * x).sum())  # nan unless all of x is finite
+        good += (good == step - 1) & torch.isfinite(x.abs().max())
         if step % thin == 0:
             samples[step // thin - 1] = x
     if good < steps:
@@ -82,14 +90,8 @@ def _mala(x, h, grad_logp, logp, generator):
         noise = torch.empty_like(x).normal_(generator=generator)
         y = x + h * g + math.sqrt(2 * h) * noise
         g_y, l_y = grad_logp(y), logp(y)
-        accept = torch.empty_like(l).uniform_(generator=generator).log() < l_y - l + _proposal_ratio(
-            x, y, g_y, h, noise
-        )
+        ratio = l_y - l + log_proposal(y, x, g_y, h) - log_proposal(x, y, g, h)
+        accept = torch.empty_like(l).uniform_(generator=generator).log() < ratio  # never, if it is nan
         x, g = (torch.where(accept[:, None], new, old) for new, old in ((y, x), (g_y, g)))
         l = torch.where(accept, l_y, l)
         yield x, accept.double().mean()
-
-
-def _proposal_ratio(x, y, g_y, h, noise):
-    """log k(y→x)/k(x→y), for y = x + h∇log p(x) + √(2h)·noise."""
-    return (noise.square() / 2 - (x - y - h * g_y).square() / (4 * h)).sum(-1)
