@@ -129,13 +129,14 @@ class FokkerPlanck:
     def _exponential(self, q, t):
         """e^{tL}q as the mean over Poisson many jumps of the chain I + L/Λ, which has no negative entry."""
         rate = -self._L.diagonal().min()
+        jump = sp.csr_array(sp.eye_array(len(q)) + self._L / rate)
         pieces = int(np.ceil(rate * t / _JUMPS))
         weights = _poisson(rate * t / pieces)
         for _ in range(pieces):
-            total, jumped = weights[0] * q, q
+            total = weights[0] * q
             for weight in weights[1:]:
-                jumped = jumped + (self._L @ jumped) / rate
-                total = total + weight * jumped
+                q = jump @ q
+                total += weight * q
             q = total
         return q
 
