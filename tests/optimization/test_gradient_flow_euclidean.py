@@ -123,6 +123,14 @@ def test_proximal_points_are_stationary_and_descend(lr):
     assert (f(new) + (new - old).square().sum(-1) / lr <= f(old) + 1e-12).all()  # f is convex
 
 
+def test_a_hessian_that_is_the_same_for_the_whole_batch():
+    """Even where the batch is as large as the dimension."""
+    start = torch.stack((X0, 3 * X0.flip(0)))
+    together = prox_path(lambda x: x @ A, lambda x: A, start, 0.3, 2)
+    for i in range(2):
+        assert_close(together[:, i], prox_path(lambda x: x @ A, lambda x: A, start[i], 0.3, 2))
+
+
 def test_newton_may_stop_at_a_maximum():
     """(x²−1)² from 0: a stationary point, where the proximal points of α = ½ are ±√½."""
     zero = torch.zeros(1, dtype=torch.float64)

@@ -76,10 +76,10 @@ def _prox(grad, hess, x0, lr, tol, step):
     for _ in range(_MAX_NEWTON):
         if r.abs().max() <= enough:
             return x
-        direction, info = torch.linalg.solve_ex(eye + lr * hess(x), r)
+        direction, info = torch.linalg.solve_ex(eye + lr * hess(x), r[..., None])
         if info.any():
             break
-        x, r = _halve(residual, x, r, direction)
+        x, r = _halve(residual, x, r, direction[..., 0])
     raise ConvergenceError(f"no proximal point at step {step}: the residual is {r.abs().max():.3g}, not {enough:.3g}")
 
 
