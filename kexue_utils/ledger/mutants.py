@@ -182,7 +182,7 @@ def changes(node, parent, source):
                 yield f"swap {short(node)}", ast.Call(ast.Name("__swapped_matmul__", LOAD), [left, right], [])
         case ast.UnaryOp(ast.USub(), operand):
             yield f"drop - of {short(node)}", operand
-        case ast.Compare(left, [op, *ops], others) if (other := COMPARISON.get(type(op))):
+        case ast.Compare(left, [op, *ops], others) if other := COMPARISON.get(type(op)):
             yield f"{SYMBOL[type(op)]} → {SYMBOL[other]} in {short(node)}", ast.Compare(left, [other(), *ops], others)
         case ast.Constant(int() | float() | complex() as value) if not isinstance(value, bool):
             where = f" in {short(parent)}" if isinstance(parent, (ast.expr, ast.keyword)) else ""

@@ -73,4 +73,4 @@ def difference(left, right):
                 if show[0] != show[1]:
                     break
             return f"left   {show[0]}{at}", f"right  {show[1]}"
-    return "left and right differ by less than a float can tell",
+    return ("left and right differ by less than a float can tell",)

@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 
 from tools import notebooks, repository
 
-HOSTED = ("numpy", "sympy", "matplotlib", "torch", "ipykernel", "pip")
-ABSENT = ("kexue_utils", "scipy", "sklearn", "sphinx", "myst_nb", "jupytext", "pytest", "nbclient", "tools")
+HOSTED = ("numpy", "scipy", "sympy", "matplotlib", "torch", "ipykernel", "pip")
+ABSENT = ("kexue_utils", "sklearn", "sphinx", "myst_nb", "jupytext", "pytest", "nbclient", "tools")
 ROOT = Path(__file__).parents[2]
 
 

@@ -1,0 +1,1 @@
+"""How parameters and densities move towards a minimum."""
