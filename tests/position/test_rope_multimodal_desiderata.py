@@ -1,6 +1,7 @@
 """What layouts do: the predicates against the definitions and on random documents, the table of wishes, bandwidth."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,17 @@ def test_corners_can_agree_where_the_rest_does_not():
     found = layout([Text(1), Image(2, 2), Text(1)], "tie")
     found.positions[0, 3] += 1  # an inner patch
     assert check_symmetry(found)[:2] == (True, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scheme", ["tie", "tie_frac", "tv"])
+def test_rounding_is_no_asymmetry_but_a_step_is(scheme, dtype):
+    document = [Text(2), Image(6, 9), Text(2)] if dtype == torch.bfloat16 else [Text(2), Image(1000, 999), Text(2)]
+    found = layout(document, scheme, dtype=dtype)
+    assert check_symmetry(found)[:2] == (True, True)
+    late = found.positions.clone()
+    late[:, found.spans[1][1] :] += 3
+    assert check_symmetry(replace(found, positions=late))[:2] == (False, False)
 
 
 def test_the_page_has_no_worth_and_its_own_gaps():

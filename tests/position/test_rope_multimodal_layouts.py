@@ -252,8 +252,9 @@ def test_dtypes():
     for dtype in (torch.float32, torch.int64, torch.int32):
         found = layout(document, "tie", dtype=dtype)
         assert found.positions.dtype == dtype and torch.equal(found.positions.to(torch.float64), exact.positions)
-    with pytest.raises(ValueError, match=r"dtype must be a floating-point type .* 'tie_frac', got torch.int64"):
-        layout(document, "tie_frac", dtype=torch.int64)
+    for scheme, dtype, start in [("tie_frac", torch.int64, 1), ("tie", torch.int8, 120), ("tie", torch.bool, 1)]:
+        with pytest.raises(ValueError, match=rf"dtype must be a floating-point type or .* '{scheme}', got {dtype}"):
+            layout(document, scheme, start=start, dtype=dtype)
     assert layout([Text(2)], "tie_frac", dtype=torch.int64).positions.tolist() == [[1, 2], [1, 2]]
 
 
@@ -293,14 +294,18 @@ def test_gaps_between_images(form, s):
         (lambda: Image(3, -1), ValueError, "image needs h>=1 and w>=1, got h=3, w=-1"),
         (lambda: Image(3, 2.5), ValueError, "image needs .*w=2.5"),
         (lambda: Video(0, 1, 1), ValueError, "video needs t>=1, h>=1 and w>=1, got t=0"),
-        (lambda: Video(1, 1, 1, step=-1), ValueError, "video needs step>=0, got step=-1"),
-        (lambda: Video(1, 1, 1, step=float("nan")), ValueError, "video needs step>=0, got step=nan"),
+        (lambda: Video(1, 1, 1, step=-1), ValueError, "video needs 0<=step<inf, got step=-1"),
+        (lambda: Video(1, 1, 1, step=float("nan")), ValueError, "video needs 0<=step<inf, got step=nan"),
+        (lambda: Video(1, 1, 1, step=float("inf")), ValueError, "video needs 0<=step<inf, got step=inf"),
         (lambda: Text(-1), ValueError, "text needs an integer n>=0, got n=-1"),
         (lambda: Text(1.0), ValueError, "text needs an integer n>=0, got n=1.0"),
         (lambda: layout([Text(1)], "snake"), ValueError, "scheme must be one of flatten, page, .*, got 'snake'"),
         (lambda: layout([3], "tie"), TypeError, "segments must be Text, Image or Video, got int"),
         (lambda: layout([Video(2, 5, 1, step=30)], "tv"), ValueError, r"gammas .* N \+ 1 = 11 for n = 2, got 30"),
         (lambda: layout([Video(2, 5, 1, step=0)], "tv"), ValueError, r"gammas must satisfy 0 < .*, got 0"),
+        (lambda: tie_scales(0, 3), ValueError, "image needs h>=1 and w>=1, got h=0, w=3"),
+        (lambda: tie_scales(2, -1), ValueError, "image needs h>=1 and w>=1, got h=2, w=-1"),
+        (lambda: unified_offsets([0], [1], 5), ValueError, "sizes must be at least 1, got 0"),
         (lambda: tie_scales(2, 3, form="real"), ValueError, "form must be one of integer, .*, got 'real'"),
         (lambda: pad_layouts([]), ValueError, "layouts must be at least one"),
         (

@@ -183,6 +183,8 @@ def test_axial_frequencies():
     found = axial_frequencies(theta, torch.tensor([1, 0, 1]), 3)
     assert found.tolist() == [[0, 4, 0], [8, 0, 2], [0, 0, 0]] and found.dtype == torch.float32
     assert torch.equal(axial(64, 3).sum(0), THETA)
+    elsewhere = axial_frequencies(theta.to("meta"), frequency_partition(6, 2), 2)  # the partition stays on the CPU
+    assert elsewhere.device.type == "meta" and elsewhere.shape == (2, 3)
 
 
 def test_on_the_page_half_of_the_features_don_t_know_where_in_the_text_they_are():

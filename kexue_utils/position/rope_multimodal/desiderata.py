@@ -1,6 +1,7 @@
 """What a layout does: symmetry, equivalence, compatibility, spacing, collisions, order; read off its positions."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -74,6 +75,12 @@ def _enclosed(layout):
     return found
 
 
+def _rounding(layout):
+    """How far gaps that are equal can be apart, by the rounding of positions."""
+    p = layout.positions
+    return 4 * torch.finfo(p.dtype).eps * p.abs().max().item() if p.is_floating_point() else 0
+
+
 def check_symmetry(layout: Layout, *, axes: slice = slice(None)) -> Symmetry:
     """Whether text before and after an image sees it alike   (mm-symmetry, mm-central)
 
@@ -84,8 +91,8 @@ def check_symmetry(layout: Layout, *, axes: slice = slice(None)) -> Symmetry:
     enclosed = [(before[axes], patches[axes], after[axes]) for before, patches, after in _enclosed(layout)]
     gaps = [(patches - before[:, None], (after[:, None] - patches).flip(1)) for before, patches, after in enclosed]
     left, right = (torch.stack([gap[:, 0] for gap in side]) for side in zip(*gaps, strict=True))
-    central = all(torch.allclose(a, b) for a, b in gaps)
-    return Symmetry(torch.allclose(left, right), central, left, right)
+    same = partial(torch.allclose, rtol=0, atol=_rounding(layout))
+    return Symmetry(same(left, right), all(same(*sides) for sides in gaps), left, right)
 
 
 def check_equivalence(layout: Layout) -> Equivalence:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
-from math import prod
+from math import inf, prod
 from numbers import Integral
 from typing import ClassVar
 
@@ -51,7 +51,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Video:
-    """A video of t frames of h × w patches, frame by frame. Raises ValueError unless t, h, w ≥ 1 and step ≥ 0.
+    """A video of t frames of h × w patches, frame by frame. Raises ValueError unless t, h, w ≥ 1 and 0 ≤ step < ∞.
 
     step: ids from one frame to the next on the time axis, γ_t of RoPE-TV; M-RoPE rounds i·step down (Qwen2.5-VL:
     ``tokens_per_second`` times the seconds per frame of the grid).
@@ -65,8 +65,8 @@ class Video:
     def __post_init__(self):
         if not all(isinstance(n, Integral) and n >= 1 for n in self.shape):
             raise ValueError(f"video needs t>=1, h>=1 and w>=1, got t={self.t}, h={self.h}, w={self.w}")
-        if not self.step >= 0:
-            raise ValueError(f"video needs step>=0, got step={self.step}")
+        if not 0 <= self.step < inf:
+            raise ValueError(f"video needs 0<=step<inf, got step={self.step}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -110,8 +110,9 @@ def layout(segments: Sequence[Text | Image | Video], scheme: str, *, start: int 
     start: the first id. separators: put [IMG] and [/IMG] around every image and video: text tokens with an id each.
     Without them L is one less than the next free id, and symmetry needs text between any two images (UserWarning).
     dtype: of the positions, which are rounded once to float64 and once to it; an integer type must hold them exactly.
-    Raises ValueError for an unknown scheme, a video where the scheme has no form for it, fractional ids in an integer
-    dtype; TypeError for something else than a segment. Sources: https://kexue.fm/archives/10040, arXiv:2409.12191
+    Raises ValueError for an unknown scheme, a video where the scheme has no form for it, ids that an integer dtype
+    does not hold; TypeError for something else than a segment.
+    Sources: https://kexue.fm/archives/10040, arXiv:2409.12191
     """
     segments = tuple(segments)
     for segment in segments:
@@ -137,9 +138,10 @@ def layout(segments: Sequence[Text | Image | Video], scheme: str, *, start: int 
             coordinates, L = place(sizes, run.step, L)
         for row, coordinate in zip(block, coordinates, strict=True):
             row.view(coordinate.shape).copy_(coordinate)
-    if not dtype.is_floating_point and not torch.equal(positions, positions.floor()):
-        raise ValueError(f"dtype must be a floating-point type for the fractional ids of {scheme!r}, got {dtype}")
-    return Layout(positions.to(dtype), kind, float(L + 1), spans, segments, scheme)
+    rounded = positions.to(dtype)
+    if not dtype.is_floating_point and not torch.equal(rounded.to(torch.float64), positions):
+        raise ValueError(f"dtype must be a floating-point type or hold all ids of {scheme!r}, got {dtype}")
+    return Layout(rounded, kind, float(L + 1), spans, segments, scheme)
 
 
 def _tokens(segments, separators):

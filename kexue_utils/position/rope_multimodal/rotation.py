@@ -44,10 +44,10 @@ def frequency_partition(dim: int, axes: int, *, how: str = "interleaved", sectio
 
 
 def axial_frequencies(inv_freq: Tensor, axis_of_pair: Tensor, axes: int) -> Tensor:
-    """The frequency matrix (axes, D), dtype of inv_freq, with θ_j in row a(j) of column j and 0 elsewhere   (mm-axial)
+    """The frequency matrix (axes, D): θ_j in row a(j) of column j and 0 elsewhere   (mm-axial)
 
-    inv_freq: θ, (D,); axis_of_pair: (D,) from :func:`frequency_partition`. Raises ValueError for other shapes, or an
-    axis that is not in 0, …, axes − 1.
+    inv_freq: θ, (D,), its dtype and device are kept; axis_of_pair: (D,) from :func:`frequency_partition`. Raises
+    ValueError for other shapes, or an axis that is not in 0, …, axes − 1.
     """
     if inv_freq.ndim != 1 or axis_of_pair.shape != inv_freq.shape:
         shapes = f"{tuple(inv_freq.shape)} and {tuple(axis_of_pair.shape)}"
@@ -55,7 +55,7 @@ def axial_frequencies(inv_freq: Tensor, axis_of_pair: Tensor, axes: int) -> Tens
     if not set(axis_of_pair.tolist()) <= set(range(axes)):
         raise ValueError(f"axis_of_pair must be in 0..{axes - 1}, got {sorted(set(axis_of_pair.tolist()))}")
     row = torch.arange(axes, device=inv_freq.device)[:, None]
-    return torch.where(row == axis_of_pair, inv_freq, 0)
+    return torch.where(row == axis_of_pair.to(inv_freq.device), inv_freq, 0)
 
 
 def rope_nd_tables(positions: Tensor, frequencies: Tensor, *, layout: str = "half",

@@ -39,8 +39,11 @@ def tie_scales(h: int, w: int, *, form: str = "integer") -> tuple[Fraction, Frac
 
     Returns (s, t, K−L), by form: ``"integer"`` K−L = (w+1)(h+1), thus s = w+1, t = h+1 (mm-integer);
     ``"minimal"`` K−L = lcm(w+1, h+1), the least with integers s, t (mm-minimal); ``"fractional"`` K−L = wh+1, an image
-    worth wh tokens (mm-fractional). Raises ValueError for an unknown form. Source: https://kexue.fm/archives/10040
+    worth wh tokens (mm-fractional). Raises ValueError unless h, w ≥ 1, or for an unknown form.
+    Source: https://kexue.fm/archives/10040
     """
+    if h < 1 or w < 1:
+        raise ValueError(f"image needs h>=1 and w>=1, got h={h}, w={w}")
     forms = {"integer": (w + 1) * (h + 1), "minimal": lcm(w + 1, h + 1), "fractional": w * h + 1}
     if form not in forms:
         raise ValueError(f"form must be one of {', '.join(forms)}, got {form!r}")
@@ -52,11 +55,14 @@ def unified_offsets(sizes: Sequence[int], gammas: Sequence[Fraction | float], N:
     """Offsets that make a grid worth N tokens symmetric: β_a = (N + 1 − (n_a + 1)γ_a)/2   (mm-unified)
 
     Patch (i_1, …) with 1 ≤ i_a ≤ n_a stands at L + β_a + i_a γ_a on axis a, and K = L + N + 1.
-    Raises ValueError where a grid does not fit between L and K: it needs γ_a > 0 and (n_a − 1)γ_a < N + 1.
+    Raises ValueError where a grid does not fit between L and K: it needs n_a ≥ 1, γ_a > 0 and
+    (n_a − 1)γ_a < N + 1.
     Source: https://kexue.fm/archives/10352
     """
     offsets = []
     for n, gamma in zip(sizes, map(Fraction, gammas), strict=True):
+        if n < 1:
+            raise ValueError(f"sizes must be at least 1, got {n}")
         if not 0 < gamma or not (n - 1) * gamma < N + 1:
             raise ValueError(f"gammas must satisfy 0 < (n - 1) * gamma < N + 1 = {N + 1} for n = {n}, got {gamma}")
         offsets.append((N + 1 - (n + 1) * gamma) / 2)
