@@ -1,7 +1,7 @@
 """What the theorems promise: upper bounds on an average or a last loss, for any schedule η_1, …, η_T.
 
 All take a schedule (…, T), float64, and return the bound (…), differentiable in η; D: the diameter of Θ,
-D1: ‖θ_1 − θ*‖, G: a bound on gradient norms. As a function of the schedule's scale α, each is A/α + Bα with A ∝ D² and B ∝ G².
+D1: ‖θ_1 − θ*‖, G: a bound on gradient norms. In the schedule's scale α each is A/α + Bα with A ∝ D² and B ∝ G².
 All raise ValueError for a step that is not positive, naming its t, and for D < 0 or G < 0.
 Sources: https://kexue.fm/archives/9902, 11469, 11480, 11494; Zinkevich 2003; Defazio et al. arXiv:2310.07831.
 """

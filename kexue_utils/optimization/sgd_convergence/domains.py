@@ -73,14 +73,10 @@ class Ball(Domain):
     def extreme(self, v: Tensor) -> Tensor:
         return self.center + self.R * torch.nn.functional.normalize(v, dim=-1)
 
-    def barrier(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """−log(R² − ‖x − center‖²), +∞ outside, with gradient (…, d) and Hessian (…, d, d)."""
+    def rooms(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Concave functions r_j ≥ 0 exactly in Θ, (…, J), their gradients (…, J, d), and b in ∇²r_j = −b·I."""
         offset = x - self.center
-        room = self.R**2 - (offset * offset).sum(-1)
-        value = torch.where(room > 0, -torch.log(room), math.inf)
-        gradient = 2 * offset / room[..., None]
-        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-        return value, gradient, 2 * eye / room[..., None, None] + gradient[..., None] * gradient[..., None, :]
+        return self.R**2 - (offset * offset).sum(-1, keepdim=True), -2 * offset[..., None, :], 2.0
 
 
 class Box(Domain):
@@ -107,12 +103,11 @@ class Box(Domain):
     def extreme(self, v: Tensor) -> Tensor:
         return torch.where(v > 0, self.hi, self.lo)
 
-    def barrier(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """−Σ log((x − lo)(hi − x)), +∞ outside, with gradient (…, d) and Hessian (…, d, d)."""
-        below, above = x - self.lo, self.hi - x
-        inside = torch.minimum(below, above).amin(-1) > 0
-        value = torch.where(inside, -torch.log(below * above).sum(-1), math.inf)
-        return value, 1 / above - 1 / below, torch.diag_embed(above**-2 + below**-2)
+    def rooms(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """As for :class:`Ball`: the distances from the 2d walls."""
+        eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+        normals = torch.cat([eye, -eye]).expand(*x.shape[:-1], -1, -1)
+        return torch.cat([x - self.lo, self.hi - x], -1), normals, 0.0
 
 
 class Simplex(Domain):

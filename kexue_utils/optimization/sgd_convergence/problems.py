@@ -74,6 +74,10 @@ class LinearModel(ConvexProblem):
         """φ(u; y) and a subgradient φ'(u; y)."""
         raise NotImplementedError
 
+    def conjugate(self, slope: Tensor, y: Tensor) -> Tensor:
+        """φ*(s; y) = sup_u su − φ(u; y), for slopes s that φ has."""
+        raise NotImplementedError
+
     def sample(self, B: int, generator: torch.Generator, steps: range = range(1), dtype=torch.float64) -> Batch:
         shape = (len(steps), B, self.d)
         x = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
@@ -105,14 +109,18 @@ class Logistic(LinearModel):
         margin = y * u
         return torch.nn.functional.softplus(-margin), -y * torch.sigmoid(-margin)
 
-    def smoothed(self, u, y, mu):
-        """φ, φ', φ'' and the Fenchel–Young gap φ(u) + φ*(s) − su of s = φ', which is 0: φ is smooth already."""
-        value, slope = self.link(u, y)
-        return value, slope, slope * (y + slope).neg(), torch.zeros_like(u)
+    def conjugate(self, slope, y):
+        pi = slope.neg() * y
+        return torch.xlogy(pi, pi) + torch.xlogy(1 - pi, 1 - pi)
 
 
-class PiecewiseLinear(LinearModel):
-    """φ(u) = c·v + h|v|, v = u − κ: slopes c ± h and a kink at κ, given by ``kink(y)`` = (c, h, κ)."""
+class Kinked(LinearModel):
+    """φ(u) = max_{|σ| ≤ h} (c + σ)v − εσ²/2 with v = u − κ and ``kink(y)`` = (c, h, κ): slopes from c − h to c + h.
+
+    ε = ``roundness``: 0 for a sharp kink at κ, where the subgradient is c.
+    """
+
+    roundness = 0.0
 
     def kink(self, y: Tensor):
         raise NotImplementedError
@@ -123,25 +131,12 @@ class PiecewiseLinear(LinearModel):
         slope = c + h * v.sign()
         return v * slope, slope
 
-    def smoothed(self, u, y, mu):
-        """max_s sv + μ log(h² − (s − c)²), its derivative s in v, its second one, and the gap φ(u) − sv ≤ μ.
-
-        v(h² − σ²) = 2μσ has the root σ = s − c = v·h²/(μ + √(μ² + v²h²)).
-        """
-        c, h, kappa = self.kink(y)
-        v = u - kappa
-        ratio = h**2 / (mu + (mu * mu + (h * v) ** 2).sqrt())
-        sigma = ratio * v
-        slope, room = c + sigma, 2 * mu * ratio
-        return (
-            slope * v + mu * room.log(),
-            slope,
-            room * ratio / (h**2 + sigma**2),
-            h * v.abs() - sigma * v,
-        )
+    def conjugate(self, slope, y):
+        c, _, kappa = self.kink(y)
+        return slope * kappa + self.roundness / 2 * (slope - c) ** 2
 
 
-class Hinge(PiecewiseLinear):
+class Hinge(Kinked):
     """max(0, 1 − yu), labels y = ±sign u°, the wrong sign with probability ``flip``. ValueError unless 0 ≤ flip ≤ 1."""
 
     def __init__(self, planted, flip: float = 0.1, G: float = 1.0):
@@ -170,7 +165,7 @@ class Regression(LinearModel):
         return u + self.noise * torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
 
 
-class LeastAbsolute(PiecewiseLinear, Regression):
+class LeastAbsolute(Kinked, Regression):
     """|r|: θ° minimises the expected loss."""
 
     def kink(self, y):
@@ -193,7 +188,7 @@ class LeastAbsolute(PiecewiseLinear, Regression):
         return (mean * weight).sum(-1) / weight.sum()
 
 
-class Quantile(PiecewiseLinear, Regression):
+class Quantile(Kinked, Regression):
     """The pinball loss max(−τr, (1 − τ)r), whose minimiser is a τ-quantile. Raises ValueError unless 0 < tau < 1."""
 
     def __init__(self, planted, tau: float, noise: float = 0.5, G: float = 1.0):
@@ -206,19 +201,19 @@ class Quantile(PiecewiseLinear, Regression):
         return 0.5 - self.tau, 0.5, y
 
 
-class Huber(Regression):
+class Huber(Kinked, Regression):
     """r²/2 for |r| ≤ δ, δ(|r| − δ/2) beyond: θ° minimises the expected loss. Raises ValueError unless delta > 0."""
+
+    roundness = 1.0
 
     def __init__(self, planted, delta: float = 0.5, noise: float = 0.5, G: float = 1.0):
         super().__init__(planted, noise, G)
         self.delta = self.lipschitz = _positive("delta", delta)
 
+    def kink(self, y):
+        return 0.0, self.delta, y
+
     def link(self, u, y):
         r = u - y
         slope = r.clamp(-self.delta, self.delta)
         return slope * (r - slope / 2), slope
-
-    def smoothed(self, u, y, mu):
-        """As in :class:`Logistic`; φ'' is 0 beyond δ."""
-        value, slope = self.link(u, y)
-        return value, slope, (slope.abs() < self.delta).to(u), torch.zeros_like(u)
