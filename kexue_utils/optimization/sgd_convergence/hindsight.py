@@ -20,7 +20,7 @@ ITERATIONS, SHRINK, STAY = 100, 0.1, 0.995
 
 
 class Hindsight(NamedTuple):
-    """theta: (B, d) in Θ; loss: its average loss (B,); gap: loss exceeds the minimum by no more, up to rounding (B,)."""
+    """theta: (B, d) in Θ; loss: its average loss (B,); gap: how far above the minimum that is at most (B,)."""
 
     theta: Tensor
     loss: Tensor
