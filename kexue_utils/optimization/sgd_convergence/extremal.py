@@ -61,7 +61,7 @@ class CubeWorstCase(LinearAdversary):
     """
 
     def __init__(self, T: int, D: float = 1.0, G: float = 1.0):
-        self.eta = constant(T, _positive("D", D) / (_positive("G", G) * math.sqrt(T)))
+        self.eta = constant(T) * (_positive("D", D) / (_positive("G", G) * math.sqrt(T)))
         super().__init__(G * torch.eye(T, dtype=torch.float64))
         self.theta0 = torch.zeros(1, T, dtype=torch.float64)
         self.comparator = self.theta0 - G * self.eta

@@ -37,10 +37,10 @@ class ConvexProblem:
     def gradient_bounds(self, batch: Batch) -> Tensor:
         raise NotImplementedError
 
-    def loss(self, theta: Tensor, batch: Batch) -> Tensor:
+    def loss(self, theta: Tensor, batch: Batch = ()) -> Tensor:
         return self.loss_and_grad(theta, batch)[0]
 
-    def grad(self, theta: Tensor, batch: Batch) -> Tensor:
+    def grad(self, theta: Tensor, batch: Batch = ()) -> Tensor:
         return self.loss_and_grad(theta, batch)[1]
 
     def check(self, batch: Batch) -> None:
