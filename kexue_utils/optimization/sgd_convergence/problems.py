@@ -79,8 +79,7 @@ class LinearModel(ConvexProblem):
         raise NotImplementedError
 
     def sample(self, B: int, generator: torch.Generator, steps: range = range(1), dtype=torch.float64) -> Batch:
-        shape = (len(steps), B, self.d)
-        x = torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+        x = _normal((len(steps), B, self.d), generator, dtype)
         x *= self.G / self.lipschitz / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return x, self.targets(x @ self.planted.to(x), generator)
 
@@ -93,9 +92,14 @@ class LinearModel(ConvexProblem):
         return self.lipschitz * torch.linalg.vector_norm(batch[0], dim=-1)
 
 
+def _normal(shape, generator: torch.Generator, dtype) -> Tensor:
+    """Drawn in float32 for every dtype: much faster on a CPU, and the same data in all of them."""
+    return torch.randn(shape, generator=generator, device=generator.device).to(dtype)
+
+
 def _signs(like: Tensor, generator: torch.Generator, p) -> Tensor:
     """1 with probability p, else −1."""
-    uniform = torch.rand(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+    uniform = torch.rand(like.shape, generator=generator, device=generator.device)
     return torch.where(uniform < p, 1.0, -1.0).to(like)
 
 
@@ -162,7 +166,7 @@ class Regression(LinearModel):
         self.noise = float(noise)
 
     def targets(self, u, generator):
-        return u + self.noise * torch.randn(u.shape, generator=generator, dtype=u.dtype, device=u.device)
+        return u + self.noise * _normal(u.shape, generator, u.dtype)
 
 
 class LeastAbsolute(Kinked, Regression):
