@@ -184,8 +184,8 @@ def run_sgd(
     (sgd-step, sgd-ledger)
 
     eta: the schedule (T,); zero steps are allowed without a ledger. theta0: θ_1, (B, d), in the domain.
-    seed, first: the runs are numbered first, …, first+B−1; run i has the same path in a batch of any size, as runs are
-    drawn in blocks of 256, each from a generator seeded by (seed, block).
+    seed, first: the runs are numbered first, …, first+B−1; run i has the same data in a batch of any size, and the same
+    path up to rounding, as runs are drawn in blocks of 256, each from a generator seeded by (seed, block).
     data: a batch with leading axes (T, B) to use instead. comparator: θ*, (B, d), in the domain.
     record: any of "loss" L(x_t, θ_t), "average_loss" (its mean up to t), "dist" ‖θ_t − θ*‖, "gnorm", "theta", "grad",
     kept at t = stride, 2·stride, …. Nothing else of size T × B is stored.

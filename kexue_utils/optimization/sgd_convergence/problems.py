@@ -179,7 +179,7 @@ class LeastAbsolute(Kinked, Regression):
         """E|⟨x, θ − θ°⟩ − noise·N(0, 1)|, (…, d) → (…), d ≥ 2, to rounding: a periodic integral over the angle to x.
 
         With a = G‖θ − θ°‖cos φ and φ of density ∝ sin^{d−2} φ: E|a − σn| = a·erf(a/√2σ) + σ√(2/π)·e^{−a²/2σ²}.
-        Where σ ≪ a the kink of |a| leaves an error of 10⁻⁶. Raises ValueError for d = 1.
+        Where σ ≪ a the kink of |a| leaves a relative error of 3·10⁻⁶. Raises ValueError for d = 1.
         """
         if self.d < 2:
             raise ValueError(f"expected_loss needs d >= 2, got d={self.d}")
