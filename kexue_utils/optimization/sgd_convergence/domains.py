@@ -68,7 +68,7 @@ class Ball(Domain):
     def project(self, x: Tensor) -> Tensor:
         offset = x - self.center
         norm = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
-        return self.center + offset * (self.R / norm.clamp(min=self.R))
+        return torch.addcmul(self.center, offset, self.R / norm.clamp(min=self.R))
 
     def extreme(self, v: Tensor) -> Tensor:
         return self.center + self.R * torch.nn.functional.normalize(v, dim=-1)
