@@ -172,6 +172,13 @@ def test_records_keep_every_stride():
     assert some.comparator_loss is None and some.ledger is None
 
 
+def test_records_are_not_overwritten():
+    """A linear loss's gradient is its data: still there after the next chunk is drawn."""
+    T, problem = 2 * CHUNK + 1, sgd.Rademacher()
+    run = sgd.run_sgd(problem, sgd.Box(-1.0, 1.0), sgd.constant(T), zeros(3, 1), record=["grad"])
+    assert torch.equal(run.records["grad"], sgd.draw(problem, 3, T)[0])
+
+
 def test_zero_steps_stay_where_they_are():
     run = sgd.run_sgd(PROBLEMS["hinge"], sgd.Ball(1.0), torch.tensor([0.5, 0.0]), zeros(3))
     assert torch.equal(run.last, run.final) and run.final.abs().max() > 0

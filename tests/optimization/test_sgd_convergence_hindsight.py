@@ -156,6 +156,7 @@ def test_no_random_instance_violates_the_core_bound(family):
     [
         (PROBLEMS["hinge"], sgd.Simplex(), ValueError, "problem must be linear, .* got Hinge on Simplex"),
         (PROBLEMS["hinge"], sgd.Unbounded(), ValueError, "got Hinge on Unbounded"),
+        (PROBLEMS["hinge"], sgd.Box([0, 0, 1], [1, 1, 1]), ValueError, "domain must have an interior, got a box"),
         (sgd.TwoPointAbs([0.0, 1.0], 0.5), sgd.Box(0.0, 1.0), ValueError, "got TwoPointAbs on Box"),
     ],
 )

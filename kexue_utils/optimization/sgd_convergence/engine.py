@@ -78,26 +78,19 @@ def _chunks(problem: ConvexProblem, B: int, T: int, seed: int, first: int, like:
     sources = [torch.Generator(like.device) for _ in blocks]
     for block, source in zip(blocks, sources, strict=True):
         source.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0] >> 1))
-    begin, whole = first - blocks[0] * BLOCK, None
+    begin = first - blocks[0] * BLOCK
     for start in range(0, T, CHUNK):
         steps, keep = range(start, start + CHUNK), min(CHUNK, T - start)
         parts = [problem.sample(BLOCK, source, steps, like.dtype) for source in sources]
-        columns = list(zip(*parts, strict=True))
-        whole = whole or [column[0].new_empty(0) for column in columns]
-        for column, out in zip(columns, whole, strict=True):  # one memory for all chunks
-            torch.cat(column, 1, out=out)
-        yield tuple(out[:keep, begin : begin + B] for out in whole)
+        columns = zip(*parts, strict=True)
+        yield tuple(torch.cat(column, 1)[:keep, begin : begin + B] for column in columns)
 
 
 def draw(problem: ConvexProblem, B: int, T: int, *, seed: int = 0, first: int = 0, dtype=torch.float64, device="cpu"):
     """The data that ``run_sgd`` draws with the same arguments: a batch with leading axes (T, B)."""
     like = torch.empty(0, dtype=dtype, device=device)
     chunks = _chunks(moved(problem, like), B, T, seed, first, like)
-    return tuple(torch.cat(column) for column in zip(*map(_copied, chunks), strict=True))
-
-
-def _copied(batch: Batch) -> Batch:
-    return tuple(part.clone() for part in batch)
+    return tuple(torch.cat(column) for column in zip(*chunks, strict=True))
 
 
 def sgd_step(problem: ConvexProblem, domain: Domain, theta: Tensor, batch: Batch, eta: Tensor):

@@ -127,6 +127,8 @@ def hindsight_optimum(problem: ConvexProblem, data: Batch, domain: Domain, tol: 
     u = (x @ theta[..., None])[..., 0]
     loss = (_Sharp if isinstance(problem, Kinked) else _Smooth)(problem, u, y)
     rooms, normals, bend = domain.rooms(theta)
+    if not (rooms > 0).all():
+        raise ValueError("domain must have an interior, got a box with lo = hi in a coordinate")
     slack, force = rooms, 1 / rooms  # r and ζ of each wall: r = room, rζ = μ on the central path
     mu, gap = torch.ones_like(u[:, :1]), torch.full_like(u[:, 0], torch.inf)
     eye = torch.eye(problem.d).to(theta)
