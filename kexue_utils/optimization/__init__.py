@@ -1,1 +1,1 @@
-"""How parameters and densities move towards a minimum."""
+"""Chapters on optimization."""
