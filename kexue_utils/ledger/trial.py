@@ -1,5 +1,6 @@
 """One check, run: seeded draws, the rule of its kind, and whether it still holds with a mutant in place."""
 
+import gc
 import inspect
 import io
 import os
@@ -125,11 +126,19 @@ def seeded(seed):
 
 @contextmanager
 def silence():
-    """Mutants warn, print and divide by zero; none of it belongs on the page."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        with np.errstate(all="ignore"):
-            yield
+    """Mutants warn, print and divide by zero; none of it belongs on the page. Nor does a finalizer of something else,
+    which the garbage collector would run at the bottom of a mutant's endless recursion, where it can't but fail.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            with np.errstate(all="ignore"):
+                yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """What is changed, what is left alone, and that a change reaches every reference and is always taken back."""
 
+import gc
 import importlib.util
 import json
 import shutil
@@ -280,6 +281,18 @@ def test_endless_loops_and_recursion_do_not_run():
     assert ours["+= → -= in k += 1"] == ours["1 → 0"] == "did not run"
     assert ours["+= → -= in total += k"] == "rejected"
     assert "did not run" in verdicts[f"{__name__}.recursive"].values()
+
+
+def test_no_garbage_is_collected_at_the_bottom_of_an_endless_recursion():
+    seen = []
+
+    def function(rng):
+        n = int(rng.integers(2, 30))
+        seen.append(gc.isenabled())
+        return recursive(n), n * (n + 1) // 2, n
+
+    record(function, of=[recursive])
+    assert gc.isenabled() and seen[0] and not all(seen)  # the check itself runs as ever, its mutants don't collect
 
 
 def test_endless_generators_do_not_run():
