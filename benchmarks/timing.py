@@ -1,5 +1,6 @@
 """What the benchmarks share: a line that says where and when, functions timed in turn, a table of their ratios."""
 
+import argparse
 import platform
 import re
 import time
@@ -46,3 +47,16 @@ def table(title, times, copy, pairs):
         ratio = f"{times[peer] / times[name]:6.2f}x" if peer else ""
         row = f"  {name:<40}{times[name] * 1e3:9.3f} ms {times[name] / times[copy]:7.2f} copies {ratio}"
         print(row.rstrip(), flush=True)
+
+
+def shapes(description, cuda, cpu):
+    """Command line of a benchmark of (B, H, T, d): the arguments, with `shapes` given or the device's own."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "T", "d"))
+    parser.add_argument("--repeats", type=int, default=15)
+    arguments = parser.parse_args()
+    own = cuda if arguments.device == "cuda" else cpu
+    arguments.shapes = [tuple(arguments.shape)] if arguments.shape else own
+    torch.set_num_threads(1)
+    return arguments

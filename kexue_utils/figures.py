@@ -106,6 +106,12 @@ def show(fig: Figure, *, alt: str, caption: str) -> None:
     display({"text/plain": caption.strip()}, raw=True)
 
 
+def points(row: dict, unit: str = "points") -> str:
+    """{mean, low, high}, shares between −1 and 1, in words: 2.1 points (1.4 to 2.9)."""
+    mean, low, high = (f"{100 * row[key]:.1f}".replace("-", "−") for key in ("mean", "low", "high"))
+    return f"{mean} {unit} ({low} to {high})"
+
+
 def glue(name: str, value: str | numbers.Real) -> None:
     """Store a value under `name` so that the text of the page can say it: {glue:text}`name` or {glue:text}`name:.3f`.
 

@@ -5,14 +5,12 @@ python -m benchmarks.position.bench_rope [--device cuda] [--shape 1 32 2048 128]
 Queries and keys of the same shape (B, H, T, d). "copy" reads and writes the same bytes once: nothing can be faster.
 """
 
-import argparse
-
 import rotary_embedding_torch
 import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from benchmarks.timing import header, seconds, table
+from benchmarks.timing import header, seconds, shapes, table
 from kexue_utils.position.rope_base_beta import RotaryEmbedding, apply_rope, rope_inv_freq, rotate
 
 
@@ -56,15 +54,9 @@ def measure(shape, dtype, device, repeats):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "T", "d"))
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = shapes(__doc__, cuda=[(8, 32, 4096, 128)], cpu=[(1, 8, 2048, 64), (1, 32, 2048, 128)])
     header(arguments.device, ("torch", "transformers", "rotary-embedding-torch"), threads=1)
     print("ratio: time of the peer over ours")
-    shapes = [(8, 32, 4096, 128)] if arguments.device == "cuda" else [(1, 8, 2048, 64), (1, 32, 2048, 128)]
-    for shape in [tuple(arguments.shape)] if arguments.shape else shapes:
+    for shape in arguments.shapes:
         for dtype in (torch.float32, torch.bfloat16):
             measure(shape, dtype, arguments.device, arguments.repeats)

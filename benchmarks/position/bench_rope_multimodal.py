@@ -6,7 +6,6 @@ Layouts are built on the CPU. Queries and keys of the same shape (B, H, T, d). "
 once: nothing can be faster.
 """
 
-import argparse
 from math import isqrt
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import torch
 from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel, Qwen2VLRotaryEmbedding, apply_rotary_pos_emb
 
-from benchmarks.timing import header, seconds, table
+from benchmarks.timing import header, seconds, shapes, table
 from kexue_utils.position.rope_base_beta import apply_rope, rope_inv_freq, rope_tables, rotate
 from kexue_utils.position.rope_multimodal import (
     SCHEMES,
@@ -97,16 +96,10 @@ def measure_rotation(shape, dtype, device, repeats):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "H", "T", "d"))
-    parser.add_argument("--repeats", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = shapes(__doc__, cuda=[(8, 32, 4096, 128)], cpu=[(1, 8, 2048, 64), (1, 32, 2048, 128)])
     header(arguments.device, ("torch", "transformers"), threads=1)
     print("ratio: time of the peer over ours")
     measure_layouts(1000, arguments.repeats)
-    shapes = [(8, 32, 4096, 128)] if arguments.device == "cuda" else [(1, 8, 2048, 64), (1, 32, 2048, 128)]
-    for shape in [tuple(arguments.shape)] if arguments.shape else shapes:
+    for shape in arguments.shapes:
         for dtype in (torch.float32, torch.bfloat16):
             measure_rotation(shape, dtype, arguments.device, arguments.repeats)

@@ -55,6 +55,11 @@ def t_interval(values, level=0.95):
     return mean, mean - float(half), mean + float(half)
 
 
+def interval(values, level=0.95):
+    """{mean, low, high} of `t_interval`, as records keep it."""
+    return dict(zip(("mean", "low", "high"), t_interval(values, level), strict=True))
+
+
 def bootstrap_interval(values, level=0.95, draws=10_000, seed=0):
     """(mean, low, high): percentile interval of the mean over `draws` resamplings of the runs.
 

@@ -48,6 +48,8 @@ def fit(
         with autocast(device):
             return loss(model, *tensors)
 
+    if device.type == "cuda":
+        torch.compiler.reset()  # graphs of earlier models count against the limit of recompilations
     compiled = torch.compile(mean_loss) if device.type == "cuda" else mean_loss
     thin = max(1, steps // points)
     for step in progress(steps, description, start):

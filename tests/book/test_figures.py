@@ -153,3 +153,9 @@ def test_lines_and_ink_stand_out_on_the_page_in_both_themes():
         turned = np.clip(2 * (inverted @ weight) - inverted, 0, 1)
         dark = np.where(turned <= 0.04045, turned / 12.92, ((turned + 0.055) / 1.055) ** 2.4)
         assert contrast(dark, page) >= needed, colour
+
+
+def test_points_says_an_interval_in_words():
+    row = {"mean": -0.0214, "low": -0.03, "high": 0.0004}
+    assert figures.points(row) == "−2.1 points (−3.0 to 0.0)"
+    assert figures.points(row, "%") == "−2.1 % (−3.0 to 0.0)"

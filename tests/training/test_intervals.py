@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from kexue_utils.training.intervals import bootstrap_interval, paired_difference, t_interval, t_quantile
+from kexue_utils.training.intervals import bootstrap_interval, interval, paired_difference, t_interval, t_quantile
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 10, 31, 200])
@@ -19,6 +19,11 @@ def test_t_interval_equals_scipys():
     values = np.random.default_rng(0).normal(size=5)
     low, high = scipy.stats.t.interval(0.9, 4, values.mean(), scipy.stats.sem(values))
     np.testing.assert_allclose(t_interval(values, 0.9), [values.mean(), low, high], rtol=1e-9)
+
+
+def test_an_interval_has_names():
+    assert interval([1.0, 2.0, 4.0], 0.9) == dict(zip(("mean", "low", "high"), t_interval([1, 2, 4], 0.9), strict=True))
+    assert interval([1.0, 2.0, 4.0])["low"] < interval([1.0, 2.0, 4.0], 0.9)["low"] < 7 / 3
 
 
 def test_bootstrap_interval_of_a_large_sample_is_the_normal_one():

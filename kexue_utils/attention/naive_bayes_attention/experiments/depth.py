@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kexue_utils.attention.naive_bayes_attention import NGramNaiveBayes, SkipGramAttentionLM
 from kexue_utils.attention.naive_bayes_attention.experiments.lengths import best_rate
-from kexue_utils.training.intervals import paired_difference, t_interval
+from kexue_utils.training.intervals import interval, paired_difference
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.replicas import Replicas, train
 
@@ -142,7 +142,7 @@ def _conclude(units):
     for name, unit in units.items():
         best, inside = best_rate(unit) if unit["parameters"]["rates"] else (0, None)
         bits = [run["test"][best] for run in unit["runs"]]
-        rows[name] = {"runs": bits} | dict(zip(("mean", "low", "high"), t_interval(bits), strict=True))
+        rows[name] = {"runs": bits} | interval(bits)
         if inside is not None:
             rows[name] |= {"rate": unit["parameters"]["rates"][best], "rate inside the grid": inside}
         if unit["parameters"].get("samples"):

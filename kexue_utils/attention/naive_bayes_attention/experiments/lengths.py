@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kexue_utils.training.intervals import t_interval
+from kexue_utils.training.intervals import interval, t_interval
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.replicas import Replicas, train
 
@@ -147,7 +147,7 @@ def _conclude(units):
         summary["rows"][name] = {
             "rate": unit["parameters"]["rates"][best],
             "rate inside the grid": inside,
-            "kl": {t: dict(zip(("mean", "low", "high"), t_interval(v), strict=True)) for t, v in kl.items()},
+            "kl": {t: interval(v) for t, v in kl.items()},
             "runs": kl,
         }
     mean, ratio = summary["rows"]["mean, t = 16"]["runs"]["64"], {}

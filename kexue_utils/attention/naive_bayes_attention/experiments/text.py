@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kexue_utils.attention.naive_bayes_attention import NGramNaiveBayes, SkipGramAttentionLM
 from kexue_utils.attention.naive_bayes_attention.experiments.lengths import best_rate
 from kexue_utils.training.corpora import deal_blocks, encode_common, pydoc_topics, python_sources
-from kexue_utils.training.intervals import paired_difference, t_interval
+from kexue_utils.training.intervals import interval, paired_difference
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.replicas import Replicas, train
 
@@ -288,7 +288,7 @@ _DIFFERENCES = {
 
 
 def _row(runs):
-    return {"runs": runs} | dict(zip(("mean", "low", "high"), t_interval(runs), strict=True))
+    return {"runs": runs} | interval(runs)
 
 
 def _trained(unit):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kexue_utils.position.rope_base_beta import RopeAttention, RotaryEmbedding
-from kexue_utils.training.intervals import paired_difference, t_interval
+from kexue_utils.training.intervals import interval, paired_difference
 from kexue_utils.training.recorder import Experiment
 
 TRAIN_LEN = 64
@@ -129,9 +129,6 @@ def _conclude(units):
 
         def by_seed(name, kind, runs=runs):
             return [run[name][kind] for run in runs]
-
-        def interval(values):
-            return dict(zip(("mean", "low", "high"), t_interval(values), strict=True))
 
         names = [name for name in runs[0] if name != "trained"]
         rows = {name: {kind: interval(by_seed(name, kind)) for kind in PERIODS} for name in names}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kexue_utils.position.rope_base_beta import RopeAttention, RotaryEmbedding
 from kexue_utils.training.corpora import pydoc_topics, split_files, standard_library
-from kexue_utils.training.intervals import paired_difference, t_interval
+from kexue_utils.training.intervals import interval, paired_difference
 from kexue_utils.training.loop import fit
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.transformer import Transformer, autocast, decayed
@@ -217,17 +217,13 @@ def _difference(better, worse, kind, metric):
             "verdict": verdict}  # fmt: skip
 
 
-def _interval(values):
-    return dict(zip(("mean", "low", "high"), t_interval(values), strict=True))
-
-
 def _conclude(units):
     summary = {"units": {}, "claims": {}}
     for unit, result in units.items():
         runs = result["runs"]
         rows = {
             k: {
-                name: {kind: {m: _interval([run["lengths"][k][name][kind][m] for run in runs]) for m in METRICS}
+                name: {kind: {m: interval([run["lengths"][k][name][kind][m] for run in runs]) for m in METRICS}
                        for kind in TEXTS}
                 for name in runs[0]["lengths"][k]
             }
@@ -240,7 +236,7 @@ def _conclude(units):
                 for metric in METRICS:
                     scores = {b: sum(run["validation"][name][metric] for run in runs) for b, name in sweep.items()}
                     chosen[f"{metric}{suffix}"] = max(scores, key=scores.get)
-        trained = _interval([run["trained"]["all"] for run in runs])
+        trained = interval([run["trained"]["all"] for run in runs])
         summary["units"][unit] = {"trained": trained, "lengths": rows, "b chosen on validation": chosen}
     for unit in units:
         if unit.endswith(SCALED):

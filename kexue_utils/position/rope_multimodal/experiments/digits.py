@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kexue_utils.position.rope_multimodal.experiments.model import Documents, TableAttention, interval
+from kexue_utils.position.rope_multimodal.experiments.model import Documents, TableAttention
 from kexue_utils.position.rope_multimodal.layouts import Image, Text
-from kexue_utils.training.intervals import paired_difference
+from kexue_utils.training.intervals import interval, paired_difference
 from kexue_utils.training.loop import fit
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.transformer import Transformer, autocast, decayed
@@ -94,8 +94,6 @@ def train(seed: int, parameters: dict, pixels: Tensor, checkpoint=None) -> tuple
         return F.cross_entropy(model(ids, *where).float().flatten(0, 1), answers.flatten())
 
     optimizer = torch.optim.AdamW(decayed(model, 0.01), lr=p["rate"], betas=(0.9, 0.98), fused=device.type == "cuda")
-    if device.type == "cuda":
-        torch.compiler.reset()
     return model, fit(model, loss, batch, p["steps"], optimizer, checkpoint=checkpoint, description=f"seed {seed}")
 
 

@@ -5,9 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kexue_utils.position.rope_base_beta import rope_inv_freq, rotate
-from kexue_utils.position.rope_multimodal.layouts import layout, pad_layouts
+from kexue_utils.position.rope_multimodal.layouts import Image, layout, pad_layouts
 from kexue_utils.position.rope_multimodal.rotation import axial_frequencies, frequency_partition, rope_nd_tables
-from kexue_utils.training.intervals import t_interval
 
 
 class TableAttention(nn.Module):
@@ -53,7 +52,9 @@ class Documents:
         start = []
         for row, found in enumerate(laid_out):
             (lo, hi, w) = next(
-                (*span, image.w) for span, image in zip(found.spans, found.segments, strict=True) if hasattr(image, "w")
+                (*span, image.w)
+                for span, image in zip(found.spans, found.segments, strict=True)
+                if isinstance(image, Image)
             )
             place = torch.arange(lo, hi).view(-1, w)
             above[row, place[1:]] = place[:-1]
@@ -65,8 +66,3 @@ class Documents:
     def where(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What a `Transformer` of `TableAttention`s is handed with the ids of these rows."""
         return self.cos[rows], self.sin[rows], self.mask[rows]
-
-
-def interval(values: list[float]) -> dict:
-    """{mean, low, high} of a few runs."""
-    return dict(zip(("mean", "low", "high"), t_interval(values), strict=True))

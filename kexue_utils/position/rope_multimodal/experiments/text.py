@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kexue_utils.position.rope_base_beta import rope_inv_freq, rope_tables
-from kexue_utils.position.rope_multimodal.experiments.model import TableAttention, interval, tables
+from kexue_utils.position.rope_multimodal.experiments.model import TableAttention, tables
 from kexue_utils.position.rope_multimodal.layouts import Text, layout
 from kexue_utils.training.corpora import deal_blocks, pydoc_topics
+from kexue_utils.training.intervals import interval
 from kexue_utils.training.loop import fit
 from kexue_utils.training.recorder import Experiment
 from kexue_utils.training.transformer import Transformer, autocast, decayed
@@ -33,8 +34,6 @@ def train(seed: int, parameters: dict, data: Tensor, where: tuple) -> Transforme
         return F.cross_entropy(model(ids, *where).flatten(0, 1).float(), targets.flatten())
 
     optimizer = torch.optim.AdamW(decayed(model, 0.1), lr=p["rate"], fused=device.type == "cuda")
-    if device.type == "cuda":
-        torch.compiler.reset()
     fit(model, loss, batch, p["steps"], optimizer, description=f"seed {seed}")
     return model
 
