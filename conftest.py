@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 
 from tools.notebooks import KERNEL_ENV
 
@@ -47,11 +48,15 @@ def copy(root, files, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def book_html(root) -> Path:
-    """`_build/html`, built from nothing with every warning an error."""
-    built = subprocess.run(
-        [sys.executable, "-m", "tools.book", "--fresh"], cwd=root, capture_output=True, text=True, timeout=600
-    )
-    if built.returncode:
-        pytest.fail(f"the book does not build:\n{built.stdout[-4000:]}\n{built.stderr[-4000:]}", pytrace=False)
+def book_html(root, tmp_path_factory, worker_id) -> Path:
+    """`_build/html`, built from nothing with every warning an error; once, although tests run in several processes."""
+    shared = tmp_path_factory.getbasetemp()
+    built = (shared if worker_id == "master" else shared.parent) / "book"
+    with FileLock(f"{built}.lock"):
+        if not built.exists():
+            command = [sys.executable, "-m", "tools.book", "--fresh"]
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=600)
+            built.write_text(f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}" if done.returncode else "")
+    if built.read_text():
+        pytest.fail(f"the book does not build:\n{built.read_text()}", pytrace=False)
     return root / "_build" / "html"
