@@ -17,6 +17,8 @@ EXPERIMENTS = {
     "multimodal_shapes": f"{_MULTIMODAL}:SHAPES",
     "multimodal_text": f"{_MULTIMODAL}:TEXT",
     "sgd_regret": f"{_SGD}:REGRET",
+    "schedules_text": f"{_SGD}:ADAMW",
+    "schedules_text_sgd": f"{_SGD}:SGD",
 }
 
 
