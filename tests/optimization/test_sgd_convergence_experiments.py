@@ -184,3 +184,43 @@ def test_the_drop_of_a_line_and_of_a_square():
     assert line["shape"] == pytest.approx(line["done"]) and len(line["done"]) == 21
     late = ranking.drop(points, 3 - 2 * (np.clip(points - 80, 0, None) / 20) ** 2, 80.0)
     assert late["size"] == pytest.approx(2) and late["half"] == pytest.approx(0.5**0.5, abs=1e-3)
+
+
+def a_world(loss):
+    """Units of a run of every schedule whose curves are loss(A, B, rate, schedule), with noise of 0.002 a seed."""
+    rng, units = np.random.default_rng(0), {}
+    for name in language.SCHEDULES:
+        p = SMALL | {"schedule": name, "T": 400, "warm": 10, "points": 100, "rates": [0.1 * 2**k for k in range(-3, 4)]}
+        A, B = ranking.parts(language.shape(name, 400, 10), range(4, 401, 4))
+        found = {rate: loss(A, B, rate, name) for rate in p["rates"]}
+        tuning = [{"rate": r, "validation": c[-1], "curve": c[3::4].tolist()} for r, c in found.items()]
+        rate = min(tuning, key=schedules._loss)["rate"]
+        norms = schedules._norms(torch.ones(400), 10, 25)
+        units[name] = {
+            "parameters": p,
+            "runs": [
+                {"rate": rate, "curve": curve.tolist(), "test": curve[-1], "distance": [1.0], "tuning": tuning,
+                 "gradient": norms, "direction": norms}
+                for curve in found[rate] + 0.002 * rng.normal(size=(5, 1))
+            ],
+        }  # fmt: skip
+    return units
+
+
+def test_the_verdict_where_the_bound_is_the_truth_and_where_it_is_not():
+    def truth(A, B, rate, name):
+        return 1.5 + 4 * A / rate + 0.25 * B * rate
+
+    found = schedules._conclude(a_world(truth))
+    assert [found["constants"][k] for k in ("D", "G", "floor")] == pytest.approx([2.0, 0.5, 1.5], rel=1e-6)
+    ranked = found["rankings"]["bound at the peak used"]
+    assert ranked["spearman"]["low"] > 0.95 and ranked["pairs in order"]["value"] > 0.97 and ranked["pairs"] == 120
+    assert all(found["reproduced: the bound ranks the schedules"].values())
+    assert all(found["reproduced: the drop has the bound's shape"].values())
+    assert found["schedules"]["linear"]["gradient max/median"]["mean"] == 1
+
+    def reverse(A, B, rate, name):
+        return truth(A, B, rate, name) if name == "constant" else 4 - truth(A, B, rate, name)[::-1]
+
+    found = schedules._conclude(a_world(reverse))
+    assert not any(found["reproduced: the bound ranks the schedules"].values())

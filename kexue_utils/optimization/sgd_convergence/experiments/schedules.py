@@ -113,7 +113,10 @@ def _interval(values):
 
 
 def _constants(unit):
-    """D, G and the floor from the tuning runs of the constant schedule: peaks near the best, the later steps."""
+    """D, G and the floor, once for all schedules: one least squares fit to the followed losses of the constant
+    schedule's tuning runs, at peaks within the factor `fit within` of the best, from the share `fit from` of the steps
+    on. (arXiv:2501.18965 fits a curve after its warmup in the same way.)
+    """
     p, tried = unit["parameters"], unit["runs"][0]["tuning"]
     thin, best = p["T"] // p["points"] * SPARSE, min(tried, key=_loss)["rate"]
     points = [thin * (k + 1) for k in range(p["points"] // SPARSE)]
