@@ -1,6 +1,6 @@
 """Many runs of SGD side by side with torch.optim and scikit-learn, one run each, in one go; prints ratios.
 
-python -m benchmarks.optimization.bench_sgd_convergence [--device cuda] [--runs 1 1024 4096] [--repeats 5]
+python -m benchmarks.optimization.bench_sgd_convergence [--device cuda] [--runs 1 1024 4096] [--repeats 2]
 
 Logistic loss in 16 dimensions on a ball, η_t = α/√t. A run-step is one update of one parameter vector.
 """
@@ -25,6 +25,7 @@ from kexue_utils.optimization.sgd_convergence import (
 )
 
 d, ALPHA = 16, 0.7
+LAUNCH_BOUND = 10**5  # fewer runs than this don't fill a GPU
 PLANTED = torch.full((d,), 0.4, dtype=torch.float64)
 
 
@@ -40,7 +41,8 @@ def torch_optim(x, y, eta):
 
 
 def rates(device, runs, repeats):
-    problem, ball, T = Logistic(PLANTED), Ball(2.0), 256
+    """Run-steps/s of peers and of `run_sgd`, also as a share of what reading x and θ and writing θ would allow."""
+    problem, ball, T = Logistic(PLANTED), Ball(2.0), 128 if device == "cuda" else 256
     options, eta = {"dtype": torch.float32, "device": device}, inv_sqrt(T, ALPHA)
     x, y = (part[:, 0].contiguous() for part in draw(problem, 1, T, **options))
     functions = {"torch.optim.SGD, one run": (lambda: torch_optim(x, y, eta), T)}
@@ -54,6 +56,7 @@ def rates(device, runs, repeats):
         data, theta = draw(problem, B, T, **options), torch.zeros(B, d, device=device)
         for name, more in {
             "drawing its data": {},
+            "drawing its data, compiled": {"compile": True},
             "data given": {"data": data},
             "data given, compiled": {"data": data, "compile": True},
         }.items():
@@ -62,13 +65,22 @@ def rates(device, runs, repeats):
                 lambda theta=theta, more=more: run_sgd(problem, ball, eta, theta, **more),
                 B * T,
             )
-    times = seconds({name: function for name, (function, _) in functions.items()}, device, repeats)
+    big = torch.zeros(2**26 if device == "cuda" else 2**22, device=device)
+    times = seconds(
+        {"copy": big.clone} | {name: function for name, (function, _) in functions.items()}, device, repeats
+    )
+    limit = 2 * big.nbytes / times.pop("copy") / (3 * d * big.itemsize)
     each = {name: time / functions[name][1] for name, time in times.items()}
     peers = [name for name in each if "one run" in name]
-    print(f"\nfloat32, d={d}, T={T}: run-steps/s, and times each of {', '.join(peers)}")
-    for name, time in each.items():
-        ratios = "".join(f"{each[peer] / time:11.3g}x" for peer in peers)
-        print(f"  {name:<44}{1 / time:10.3g}{ratios}", flush=True)
+    print(f"\nfloat32, d={d}, T={T}: run-steps/s, share of the bandwidth limit, and times each of {', '.join(peers)}")
+    print(f"  {'reading x, θ and writing θ as fast as a copy':<48}{limit:10.3g}")
+    few = [name for name in each if name in peers or functions[name][1] < T * LAUNCH_BOUND]
+    for title, names in (("few runs: bound by launches", few), ("many runs", [n for n in each if n not in few])):
+        if device == "cuda":
+            print(f" {title}")
+        for name in names:
+            ratios = "".join(f"{each[peer] / each[name]:11.3g}x" for peer in peers)
+            print(f"  {name:<48}{1 / each[name]:10.3g}{1 / each[name] / limit:8.2%}{ratios}", flush=True)
 
 
 def solvers(repeats):
@@ -90,11 +102,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--runs", type=int, nargs="+")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    header(arguments.device, ("torch", "scikit-learn", "scipy"), threads=1)
-    runs = arguments.runs or ([4096, 2**17, 2**20] if arguments.device == "cuda" else [1, 1024, 4096])
+    header(
+        arguments.device, ("torch",) if arguments.device == "cuda" else ("torch", "scikit-learn", "scipy"), threads=1
+    )
+    runs = arguments.runs or ([1024, 2**14, 2**17, 2**20] if arguments.device == "cuda" else [1, 1024, 4096])
     rates(arguments.device, runs, arguments.repeats)
     if arguments.device == "cpu":
         solvers(arguments.repeats)

@@ -4,6 +4,7 @@ from importlib import import_module
 
 _TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
+_SGD = "kexue_utils.optimization.sgd_convergence.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
@@ -15,6 +16,9 @@ EXPERIMENTS = {
     "multimodal_digits": f"{_MULTIMODAL}:DIGITS",
     "multimodal_shapes": f"{_MULTIMODAL}:SHAPES",
     "multimodal_text": f"{_MULTIMODAL}:TEXT",
+    "sgd_regret": f"{_SGD}:REGRET",
+    "schedules_text": f"{_SGD}:ADAMW",
+    "schedules_text_sgd": f"{_SGD}:SGD",
 }
 
 

@@ -18,6 +18,8 @@ from .domains import Domain, moved
 from .problems import Batch, ConvexProblem
 
 BLOCK, CHUNK = 256, 64  # runs and steps that are drawn together, always in full
+GPU_BLOCK = 2**14  # the same on a GPU, where small blocks cost more to start than to draw
+UNROLL = 8  # steps of one compiled function, a divisor of CHUNK: θ goes through memory once for all of them
 RECORDS = ("loss", "average_loss", "dist", "gnorm", "theta", "grad")
 
 
@@ -74,14 +76,15 @@ class RunResult:
 
 def _chunks(problem: ConvexProblem, B: int, T: int, seed: int, first: int, like: Tensor) -> Iterator[Batch]:
     """Batches of up to CHUNK steps for runs first, …, first+B−1, each block of runs from a generator of its own."""
-    blocks = range(first // BLOCK, (first + B - 1) // BLOCK + 1)
+    size = BLOCK if like.device.type == "cpu" else GPU_BLOCK
+    blocks = range(first // size, (first + B - 1) // size + 1)
     sources = [torch.Generator(like.device) for _ in blocks]
     for block, source in zip(blocks, sources, strict=True):
         source.manual_seed(int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0] >> 1))
-    begin = first - blocks[0] * BLOCK
+    begin = first - blocks[0] * size
     for start in range(0, T, CHUNK):
         steps, keep = range(start, start + CHUNK), min(CHUNK, T - start)
-        parts = [problem.sample(BLOCK, source, steps, like.dtype) for source in sources]
+        parts = [problem.sample(size, source, steps, like.dtype) for source in sources]
         columns = zip(*parts, strict=True)
         yield tuple(torch.cat(column, 1)[:keep, begin : begin + B] for column in columns)
 
@@ -98,6 +101,18 @@ def sgd_step(problem: ConvexProblem, domain: Domain, theta: Tensor, batch: Batch
     loss, grad = problem.loss_and_grad(theta, batch)
     target = torch.addcmul(theta, grad, eta, value=-1)
     return loss, grad, target, domain.project(target)
+
+
+def _several(problem, domain, theta, batch, eta, comparator, sums):
+    """len(eta) steps in a row: θ after and before the last, and the sums of losses, of θ_t, of comparator losses."""
+    online, total, reference = sums
+    for t in range(len(eta)):
+        step, last = tuple(part[t] for part in batch), theta
+        loss, _, _, theta = sgd_step(problem, domain, theta, step, eta[t])
+        online, total = online + loss, total + last
+        if comparator is not None:
+            reference = reference + problem.loss(comparator, step)
+    return theta, last, (online, total, reference)
 
 
 class _Account:
@@ -140,7 +155,8 @@ def _require(problem, domain, eta, theta0, comparator, ledger, record, stride, d
             continue
         if value.shape != (len(theta0), problem.d):
             raise ValueError(f"{name} must have shape (B, {problem.d}), got {tuple(value.shape)}")
-        outside = (~domain.contains(value.to("cpu", torch.float64), 1e-6)).nonzero()
+        exact = value.to(torch.float64)
+        outside = (~moved(domain, exact).contains(exact, 1e-6)).nonzero()
         if len(outside):
             run = int(outside[0, 0])
             raise ValueError(f"{name} must lie in the domain, got {value[run].tolist()} in run {run}")
@@ -185,12 +201,14 @@ def run_sgd(
 
     eta: the schedule (T,); zero steps are allowed without a ledger. theta0: θ_1, (B, d), in the domain.
     seed, first: the runs are numbered first, …, first+B−1; run i has the same data in a batch of any size, and the same
-    path up to rounding, as runs are drawn in blocks of 256, each from a generator seeded by (seed, block).
+    path up to rounding, as runs are drawn in blocks of 256 (2^14 on a GPU), each from a generator seeded by
+    (seed, block). A GPU draws other numbers than a CPU.
     data: a batch with leading axes (T, B) to use instead. comparator: θ*, (B, d), in the domain.
     record: any of "loss" L(x_t, θ_t), "average_loss" (its mean up to t), "dist" ‖θ_t − θ*‖, "gnorm", "theta", "grad",
     kept at t = stride, 2·stride, …. Nothing else of size T × B is stored.
-    compile: compile the step (for a GPU). Raises ValueError, before anything is drawn, for steps that are negative
-    (with a ledger: not positive, or increasing) and for data that break the gradient bound.
+    compile: compile the step, or 8 at once where there is neither ledger nor record (for a GPU). Raises ValueError,
+    before anything is drawn, for steps that are negative (with a ledger: not positive, or increasing) and for data that
+    break the gradient bound.
     """
     _require(problem, domain, eta, theta0, comparator, ledger, record, stride, data)
     theta = theta0.to(device, dtype)
@@ -198,17 +216,27 @@ def run_sgd(
     T, B = len(eta), len(theta)
     chunks = iter([data]) if data is not None else _chunks(problem, B, T, seed, first, theta)
     length = T if data is not None else CHUNK
-    advance = torch.compile(sgd_step, dynamic=False) if compile else sgd_step
+    several = torch.compile(_several, dynamic=False) if compile and not (ledger or record) else None
+    advance = torch.compile(sgd_step, dynamic=False) if compile and not several else sgd_step
     online, total, reference, account = theta.new_zeros(B), torch.zeros_like(theta), None, None
     if comparator is not None:
         comparator, reference = comparator.to(theta), theta.new_zeros(B)
         account = _Account(problem, domain, comparator) if ledger else None
     records, kept = {name: [] for name in record}, range(stride, T + 1, stride)
 
-    for t in range(T):
-        if t % length == 0:
+    t = 0
+    while t < T:
+        at = t % length
+        if at == 0:
             chunk = next(chunks)
-        batch = tuple(part[t % length].to(theta) for part in chunk)
+        if several and t + UNROLL <= T:
+            batch = tuple(part[at : at + UNROLL].to(theta) for part in chunk)
+            sums = online, total, reference
+            theta, last, sums = several(problem, domain, theta, batch, steps[t : t + UNROLL], comparator, sums)
+            online, total, reference = sums
+            t += UNROLL
+            continue
+        batch = tuple(part[at].to(theta) for part in chunk)
         loss, grad, target, after = advance(problem, domain, theta, batch, steps[t])
         online += loss
         total += theta
@@ -217,8 +245,9 @@ def run_sgd(
             reference += best
             if ledger:
                 account.add(steps[t], loss - best, theta, grad, target, after)
-        if t + 1 in kept:
-            seen = {"loss": loss, "average_loss": online / (t + 1), "theta": theta, "grad": grad}
+        t += 1
+        if t in kept:
+            seen = {"loss": loss, "average_loss": online / t, "theta": theta, "grad": grad}
             for name, values in records.items():
                 values.append(_norms(name, theta, comparator, grad) if name in ("dist", "gnorm") else seen[name])
         last, theta = theta, after
