@@ -4,6 +4,7 @@ from importlib import import_module
 
 _TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
+_FLOW = "kexue_utils.optimization.gradient_flow.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
@@ -15,6 +16,7 @@ EXPERIMENTS = {
     "multimodal_digits": f"{_MULTIMODAL}:DIGITS",
     "multimodal_shapes": f"{_MULTIMODAL}:SHAPES",
     "multimodal_text": f"{_MULTIMODAL}:TEXT",
+    "langevin_bias": f"{_FLOW}:BIAS",
 }
 
 
