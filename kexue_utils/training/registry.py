@@ -11,11 +11,13 @@ EXPERIMENTS = {
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
     "naive_bayes_lengths": f"{_TEXT}:LENGTHS",
     "naive_bayes_depth": f"{_TEXT}:DEPTH",
+    "score_flow": f"{_FLOW}:SCORE",
     "rope_induction": f"{_ROPE}:INDUCTION",
     "rope_text": f"{_ROPE}:TEXT",
     "multimodal_digits": f"{_MULTIMODAL}:DIGITS",
     "multimodal_shapes": f"{_MULTIMODAL}:SHAPES",
     "multimodal_text": f"{_MULTIMODAL}:TEXT",
+    "edge_of_stability": f"{_FLOW}:EDGE",
     "langevin_bias": f"{_FLOW}:BIAS",
 }
 
