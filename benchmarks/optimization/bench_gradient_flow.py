@@ -2,16 +2,15 @@
 
 python -m benchmarks.optimization.bench_gradient_flow [--device cuda] [--repeats 7]
 
-"ratio" is the time of the peer over ours. With --device cuda only what runs there is measured: particles and the
-entropic step; the grid and quantile solvers are scipy's factorisations on the CPU.
+"ratio" is the time of the peer over ours, "limit" the time of the row that nothing can beat over ours. With --device
+cuda only what runs there is measured, with the most memory that a call takes: particles, also with several steps fused
+to one kernel, and the entropic step; the grid and quantile solvers are scipy's factorisations on the CPU.
 """
 
 import argparse
 import warnings
 
-import fplanck
 import numpy as np
-import ot
 import torch
 from scipy.constants import k as boltzmann
 from scipy.linalg import solve_banded
@@ -27,16 +26,29 @@ from kexue_utils.optimization.gradient_flow import (
     langevin,
     w2_1d,
 )
+from kexue_utils.optimization.gradient_flow.experiments.langevin_bias import POTENTIALS, advance
 
 
-def compare(title, functions, peers, device="cpu", repeats=7, work=None):
-    """Print a row for each function. peers: {ours: peer}; work: units that one call does, for a rate."""
+def compare(title, functions, peers, device="cpu", repeats=7, work=None, limit=None):
+    """Print a row for each function. peers: {ours: peer}; work: units that one call does, for a rate; limit: the row
+    that the others are measured against.
+    """
     times = seconds(functions, device, repeats)
     print(f"\n{title}")
     for name, time in times.items():
         rate = f"{work / time:10.2e}/s" if work else " " * 12
+        memory = f"{peak(functions[name]) / 2**20:8.0f} MiB" if device == "cuda" else ""
+        share = f"{times[limit] / time:6.2f} of the limit" if limit else ""
         ratio = f"{times[peers[name]] / time:10.2f}x {peers[name]}" if name in peers else ""
-        print(f"  {name:<34}{time * 1e3:12.3f} ms {rate} {ratio}".rstrip(), flush=True)
+        print(f"  {name:<34}{time * 1e3:12.3f} ms {rate}{memory} {share}{ratio}".rstrip(), flush=True)
+
+
+def peak(function):
+    """Bytes that a call takes on the GPU beyond what was there before."""
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    function()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def centres(low, high, n):
@@ -75,6 +87,38 @@ def particles(n, steps, device, repeats):
     compare(f"Langevin, {n} particles, {steps} steps: particle-steps", functions, peers, device, repeats, n * steps)
 
 
+def fused(n, steps, device, repeats):
+    """Steps on the double well in one kernel, beside the same steps of the library and beside their noise alone."""
+    potential, _ = POTENTIALS["double well"]
+    x, y, moves, points = *torch.zeros(3, n, device=device), torch.zeros(n, 2, device=device)
+    h = torch.tensor(0.01, device=device)
+
+    def score(z):
+        return -torch.stack(potential(*z.unbind(1))[1:], 1)
+
+    def logp(z):
+        return -potential(*z.unbind(1))[0]
+
+    def noise(x, y):
+        for _ in range(steps):
+            x, y = x + torch.randn_like(x), y + torch.randn_like(y)
+        return x, y
+
+    normals = torch.compile(noise, fullgraph=True, dynamic=False)
+    functions = {"two normals a step, fused": lambda: normals(x, y), "copy, once a step": lambda: [
+        points.clone() for _ in range(steps)
+    ]}  # fmt: skip
+    for method in ("ula", "mala"):
+        step = advance(method, potential, steps, torch.device("cuda"))  # compiled
+        functions[f"{method}, langevin"] = lambda method=method: langevin(
+            score, points, 0.01, steps, method, logp, thin=steps
+        )
+        functions[f"{method}, fused"] = lambda step=step: step(x, y, moves, h)
+    peers = {f"{method}, fused": f"{method}, langevin" for method in ("ula", "mala")}
+    title = f"Langevin on the double well, float32, {n} particles, {steps} steps: particle-steps"
+    compare(title, functions, peers, device, repeats, n * steps, limit="two normals a step, fused")
+
+
 def implicit_step(n, repeats):
     x = centres(-10, 10, n)
     solver = FokkerPlanck([x], lambda x: x**2 / 4)
@@ -92,6 +136,8 @@ def implicit_step(n, repeats):
 
 
 def their_solver(axes, V):
+    import fplanck
+
     setattr(np, "product", np.prod)  # numpy 2 removed the name  # noqa: B010
     h = axes[0][1] - axes[0][0]
     return fplanck.fokker_planck(temperature=1.0, drag=boltzmann, extent=[len(axis) * h for axis in axes], resolution=h,
@@ -170,6 +216,8 @@ def quantiles(n, repeats):
 
 
 def transport(n, repeats):
+    import ot
+
     rng = np.random.default_rng(0)
     arrays = [*rng.normal(size=(2, n)), *rng.random((2, n))]
     for weights in arrays[2:]:
@@ -217,9 +265,10 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
     torch.set_num_threads(1)
-    header(device, ("torch", "numpy", "scipy", "POT", "fplanck"), threads=1)
+    header(device, ("torch", "numpy", "scipy", *(("POT", "fplanck") if device == "cpu" else ())), threads=1)
     print("ratio: time of the peer over ours")
     if device == "cuda":
+        fused(2**22, 4, device, repeats)
         particles(10**7, 20, device, repeats)
         entropic(64, device, repeats)
     else:

@@ -5,6 +5,7 @@ from importlib import import_module
 _TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
 _SGD = "kexue_utils.optimization.sgd_convergence.experiments"
+_FLOW = "kexue_utils.optimization.gradient_flow.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
@@ -19,6 +20,9 @@ EXPERIMENTS = {
     "sgd_regret": f"{_SGD}:REGRET",
     "schedules_text": f"{_SGD}:ADAMW",
     "schedules_text_sgd": f"{_SGD}:SGD",
+    "edge_of_stability": f"{_FLOW}:EDGE",
+    "langevin_bias": f"{_FLOW}:BIAS",
+    "score_flow": f"{_FLOW}:SCORE",
 }
 
 
