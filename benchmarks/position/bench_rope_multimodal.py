@@ -61,7 +61,7 @@ def measure_rotation(shape, dtype, device, repeats):
     tables = rope_nd_tables(positions, frequencies, dtype=dtype)
     peer_tables = qwen(q, theirs)
     for x, y in zip((q, k), apply_rotary_pos_emb(q, k, *peer_tables), strict=True):
-        torch.testing.assert_close(rotate(x, *tables), y, rtol=2e-2, atol=2e-2)  # the same work
+        torch.testing.assert_close(rotate(x, *tables), y, rtol=2e-2, atol=4e-2)  # the same work; bf16: an ulp or two
 
     functions = {
         "copy": lambda: (q.clone(), k.clone()),

@@ -146,7 +146,9 @@ def hindsight_optimum(problem: ConvexProblem, data: Batch, domain: Domain, tol: 
         theta, slack, force = theta + size * dtheta, slack + size * dslack, force + size * dforce
         loss.move(size)
         rooms, normals, bend = domain.rooms(theta)
-        mu = SHRINK * torch.cat([loss.products(), force * slack], -1).mean(-1, keepdim=True)
+        # μ waits for the walls: were it far below what r and the room still differ by, r would stick at 0
+        walls = force * (slack + (rooms - slack).abs())
+        mu = SHRINK * torch.cat([loss.products(), walls], -1).mean(-1, keepdim=True)
         found = domain.project(theta)
         gap = duality_gap(problem, data, domain, found, loss.slopes.T)
         if (gap <= tol).all():
