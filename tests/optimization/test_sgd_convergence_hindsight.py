@@ -179,6 +179,6 @@ def test_an_accuracy_out_of_reach_is_said():
 
 def test_walls_that_the_first_steps_overshoot_do_not_stop_the_rest():
     # the optimum lies on the ball; a μ that falls faster than the distance from it leaves the slack at 0
-    problem = Logistic(torch.full((128,), 128**-0.5, dtype=torch.float64))
-    found = hindsight_optimum(problem, draw(problem, 60, 500, seed=7), Ball(2.0), tol=1e-11)
+    problem = sgd.Logistic(torch.full((128,), 128**-0.5, dtype=torch.float64))
+    found = sgd.hindsight_optimum(problem, sgd.draw(problem, 60, 500, seed=7), sgd.Ball(2.0), tol=1e-11)
     assert (found.theta.norm(dim=1) > 2 - 1e-6).any() and found.gap.max() <= 1e-11
