@@ -126,7 +126,9 @@ class SweepResult:
         for width, grid in self.grids.items():
             ends = self.at_edge(width)
             if ends:
-                raise ValueError(f"width {width}: the best cell is at the end of the grid ({', '.join(ends)}): extend it")
+                raise ValueError(
+                    f"width {width}: the best cell is at the end of the grid ({', '.join(ends)}): extend it"
+                )
             eta_A, eta_B, _ = soft_argmin(grid.losses, grid.etas_A, grid.etas_B, self.temperature)
             found[width] = {"eta_A": float(eta_A), "eta_B": float(eta_B), "ratio": float(eta_B / eta_A)}
         return found
