@@ -117,9 +117,13 @@ def test_rescaling_by_a_power_of_two_leaves_the_path_of_sign_updates_unchanged()
 
 
 def test_factors_that_do_not_fit_are_named():
-    A, B = normal(6, 2), normal(3, 4)
-    for function in (lambda: lora_forward(normal(1, 6), normal(6, 4), A, B), lambda: lora_increment(A, B, A, 1.0),
-                     lambda: lora_gradients(normal(1, 6), normal(1, 4), A, B), lambda: additive_update(A, B)):  # fmt: skip
+    A, B, X, D = normal(6, 2), normal(3, 4), normal(1, 6), normal(1, 4)
+    for function in (
+        lambda: lora_forward(X, normal(6, 4), A, B),
+        lambda: lora_increment(A, B, A, 1.0),
+        lambda: lora_gradients(X, D, A, B),
+        lambda: additive_update(A, B),
+    ):
         with pytest.raises(
             ValueError, match=r"A and B must be \(..., n, r\) and \(..., r, m\), got \(6, 2\) and \(3, 4"
         ):

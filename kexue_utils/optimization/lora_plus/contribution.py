@@ -106,7 +106,7 @@ class ContributionMeter:
     @torch.no_grad()
     def update(self, x: Tensor, grad_y: Tensor) -> None:
         """x: (…, b, n), grad_y = ∂L/∂Y: (…, b, m). Raises ValueError where they don't fit the factors."""
-        (n, r), m = self.A.shape[-2:], self.B.shape[-1]
+        n, m = self.A.shape[-2], self.B.shape[-1]
         if x.shape[:-1] != grad_y.shape[:-1] or x.shape[-1] != n or grad_y.shape[-1] != m or x.ndim < 2:
             raise ValueError(
                 f"x and grad_y must be (..., b, {n}) and (..., b, {m}), got {tuple(x.shape)} and {tuple(grad_y.shape)}"

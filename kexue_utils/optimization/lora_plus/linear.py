@@ -78,8 +78,9 @@ class LoRALinear(nn.Module):
         """An adapter of rank r on `base` that changes nothing yet, drawn from torch's global generator   (lora-start)
 
         s = α/r, or α/√r with rslora; alpha: α, by default what makes s = 1.
-        init: ``"A"`` A ~ N(0, 1/n), B = 0; ``"B"`` A = 0, B ~ N(0, 1/r); ``"peft"`` A uniform on ±1/√n as in peft, B = 0;
-        ``"both"`` both as above, W = W₀ − sA₀B₀ + sAB: sA₀B₀ is taken from base.weight, A₀ and B₀ are kept as buffers.
+        init: ``"A"`` A ~ N(0, 1/n), B = 0; ``"B"`` A = 0, B ~ N(0, 1/r); ``"peft"`` A uniform on ±1/√n as in peft and
+        B = 0; ``"both"`` A and B as above, W = W₀ − sA₀B₀ + sAB: sA₀B₀ is taken from base.weight, A₀ and B₀ are kept as
+        buffers.
         dtype: of the factors, by default the base's, float32 where that has 16 bits.
         Raises ValueError for another init, an r that is not between 1 and min(n, m), α = 0 or not finite, a dropout
         outside [0, 1); TypeError for a base that is not an nn.Linear. The base is untouched when it raises.

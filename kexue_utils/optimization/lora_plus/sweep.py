@@ -10,7 +10,7 @@ TEMPERATURE = 0.3
 
 
 class Grid(NamedTuple):
-    """Losses of S seeds at one width: etas_A: (a,), etas_B: (b,), increasing; losses: (S, a, b), ∞ where it diverged."""
+    """Losses of S seeds at one width: etas_A: (a,) and etas_B: (b,), rising; losses: (S, a, b), ∞ where it diverged."""
 
     etas_A: np.ndarray
     etas_B: np.ndarray

@@ -105,7 +105,7 @@ def loss_gradients(toy: Toy, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tens
 @torch.no_grad()
 def train_cells(toy: Toy, eta_A: Tensor, eta_B: Tensor, *, optimizer: str = "adam", steps: int = 60,
                 decay: bool = True, observe: Sequence[int] = ()) -> tuple[Tensor, dict[int, Observation]]:  # fmt: skip
-    """Train every seed's student at C pairs of rates side by side: (final loss (S, C), {t: `Observation` after t steps})
+    """Train every seed's student at C pairs of rates side by side: (final loss (S, C), {t: `Observation` at step t})
 
     eta_A, eta_B: (C,). optimizer: ``"adam"`` (β = 0.9, 0.99, no ε), ``"sign"`` or ``"sgd"``; the loss is relative to
     that of AB = 0, on all b examples. decay: rates fall linearly to 0; if not, they are constant. A loss that is not
