@@ -3,9 +3,11 @@
 from importlib import import_module
 
 _TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
+_LORA = "kexue_utils.optimization.lora_plus.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
+    "lora_widths": f"{_LORA}:WIDTHS",
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
     "naive_bayes_lengths": f"{_TEXT}:LENGTHS",

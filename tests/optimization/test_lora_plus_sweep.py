@@ -98,6 +98,9 @@ def test_grids_are_extended_towards_the_optimum_and_old_cells_are_kept():
     assert np.allclose(grid.losses, whole.losses[:, i : i + len(grid.etas_A), j : j + len(grid.etas_B)])
     with pytest.raises(ValueError, match="extend it"):
         width_sweep(fn, [256], small, small, [0], extend=1).optimum()
+    far = width_sweep(planted(), [256], small, small, [0], extend=9, margin=3).grids[256]
+    i, j = np.unravel_index(far.losses[0].argmin(), far.losses[0].shape)
+    assert 3 <= i < len(far.etas_A) - 3 and 3 <= j < len(far.etas_B) - 3
     high = width_sweep(planted(), [32], 2.0 ** np.arange(-9, -5), ETAS, [0], extend=8)
     assert high.optimum()[32]["eta_A"] == pytest.approx(2.0**-3, rel=0.1)
 

@@ -107,14 +107,17 @@ class SweepResult:
     def widths(self) -> list[int]:
         return list(self.grids)
 
-    def at_edge(self, width: int) -> list[str]:
-        """Which ends of the grid the best mean log loss touches: some of "etas_A low", …, "etas_B high"."""
+    def at_edge(self, width: int, margin: int = 1) -> list[str]:
+        """Ends of the grid from which the best mean log loss is fewer than `margin` cells away: "etas_A low", ….
+
+        margin = 1: the best cell is the last one.
+        """
         logs, grid = self._logs[width], self.grids[width]
         means = _means(logs, np.full((1, len(logs)), 1 / len(logs)))[0]
-        best = np.unravel_index(means.argmin(), means.shape)
-        ends = []
+        best, ends = np.unravel_index(means.argmin(), means.shape), []
         for name, i, values in zip(("etas_A", "etas_B"), best, (grid.etas_A, grid.etas_B), strict=True):
-            ends += [f"{name} {end}" for end, place in (("low", 0), ("high", len(values) - 1)) if i == place]
+            ends += [f"{name} low"] if i < margin else []
+            ends += [f"{name} high"] if i >= len(values) - margin else []
         return ends
 
     def optimum(self) -> dict[int, dict[str, float]]:
@@ -165,13 +168,13 @@ def _extended(values, end, by):
 
 
 def width_sweep(fn: Callable, widths: Sequence[int], etas_A, etas_B, seeds: Sequence[int], *, extend: int = 0,
-                temperature: float = TEMPERATURE) -> SweepResult:  # fmt: skip
+                margin: int = 1, temperature: float = TEMPERATURE) -> SweepResult:  # fmt: skip
     """Losses of every pair of rates at every width   (lora-sweep)
 
     fn: (width, etas_A, etas_B, seeds) → losses (seeds, etas_A, etas_B), array or tensor; nan and inf count as ∞.
     etas_A, etas_B: rates that rise by a constant factor, or functions of the width that return them.
-    extend: how many times a grid whose best cell is at an end may be continued there by a quarter of its length; only
-    the new cells are computed. Raises ValueError as :class:`SweepResult`.
+    extend: how many times a grid whose best cell is fewer than `margin` cells away from an end may be continued there by
+    a quarter of its length; only the new cells are computed. Raises ValueError as :class:`SweepResult`.
     """
     grids = {}
     for width in widths:
@@ -179,7 +182,7 @@ def width_sweep(fn: Callable, widths: Sequence[int], etas_A, etas_B, seeds: Sequ
         by = [max(1, len(values) // 4) for values in axes]
         losses = _array(fn(width, *axes, seeds))
         for _ in range(extend):
-            ends = SweepResult({width: (*axes, losses)}).at_edge(width)
+            ends = SweepResult({width: (*axes, losses)}).at_edge(width, margin)
             if not ends:
                 break
             for end in ends:

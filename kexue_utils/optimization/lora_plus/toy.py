@@ -131,13 +131,11 @@ def train_cells(toy: Toy, eta_A: Tensor, eta_B: Tensor, *, optimizer: str = "ada
     return loss.nan_to_num(nan=torch.inf, posinf=torch.inf), observed
 
 
-def train_grid(problem: str, n: int, m: int, etas_A: Sequence[float], etas_B: Sequence[float], seeds: Sequence[int],
-               *, steps: int = 60, optimizer: str = "adam", **options) -> Tensor:  # fmt: skip
-    """Final losses (S, len(etas_A), len(etas_B)) of every pair of rates; options as in :func:`draw_toy`   (lora-sweep)
+def train_grid(toy: Toy, etas_A: Sequence[float], etas_B: Sequence[float], **options) -> Tensor:
+    """Final losses (S, len(etas_A), len(etas_B)) of every pair of rates; options of :func:`train_cells`   (lora-sweep)
 
     All cells of a seed share data and start, so that they are compared in pairs.
     """
-    toy = draw_toy(problem, n, m, seeds, **options)
     pairs = torch.cartesian_prod(*(torch.as_tensor(e, dtype=torch.float64) for e in (etas_A, etas_B)))
-    loss, _ = train_cells(toy, *pairs.reshape(-1, 2).unbind(1), optimizer=optimizer, steps=steps)
-    return loss.view(len(seeds), len(etas_A), len(etas_B))
+    loss, _ = train_cells(toy, *pairs.reshape(-1, 2).unbind(1), **options)
+    return loss.view(-1, len(etas_A), len(etas_B))

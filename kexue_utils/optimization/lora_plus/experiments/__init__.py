@@ -1,0 +1,5 @@
+"""Recorded runs of the chapter: how the best rates scale with the width, and what their ratio is worth."""
+
+from .widths import WIDTHS
+
+__all__ = ["WIDTHS"]
