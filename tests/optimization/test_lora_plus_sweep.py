@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kexue_utils.optimization.lora_plus import SweepResult, soft_argmin, train_grid, width_sweep
+from kexue_utils.optimization.lora_plus import SweepResult, draw_toy, soft_argmin, train_grid, width_sweep
 
 WIDTHS = [32, 64, 128, 256]
 ETAS = 2.0 ** np.arange(-10, 3)
@@ -151,7 +151,7 @@ def test_bad_arguments_are_named(function, message):
 
 def test_a_sweep_of_the_toy_finds_a_rate_for_A_that_falls_with_the_width():
     result = width_sweep(
-        lambda n, a, b, seeds: train_grid("linear", n, n, a, b, seeds, steps=30, dtype=torch.float32),
+        lambda n, a, b, seeds: train_grid(draw_toy("linear", n, n, seeds, dtype=torch.float32), a, b, steps=30),
         [16, 64], lambda n: 2.0 ** np.arange(-6, 2) * 8 / n, 2.0 ** np.arange(-8, 0), range(6), extend=3,
     )  # fmt: skip
     found = result.slope_ci("eta_A", draws=200)

@@ -54,13 +54,14 @@ def test_the_frozen_weight_of_the_network_has_its_law_without_being_drawn():
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_cell_alone_gives_what_it_gives_among_others(problem, optimizer):
-    options = {"r": 2, "b": 4, "init": "B", "optimizer": optimizer, "steps": 8}
+    options = {"optimizer": optimizer, "steps": 8}
+    many, one = (draw_toy(problem, 8, 6, seeds, r=2, b=4, init="B") for seeds in ([3, 4], [4]))
     etas_A, etas_B = (2.0**-6, 2.0**-4), (2.0**-5, 2.0**-2, 2.0**30)
-    grid = train_grid(problem, 8, 6, etas_A, etas_B, [3, 4], **options)
+    grid = train_grid(many, etas_A, etas_B, **options)
     assert grid.shape == (2, 2, 3)
     for i, eta_A in enumerate(etas_A):
         for j, eta_B in enumerate(etas_B):
-            alone = train_grid(problem, 8, 6, [eta_A], [eta_B], [4], **options)
+            alone = train_grid(one, [eta_A], [eta_B], **options)
             torch.testing.assert_close(alone[0, 0, 0], grid[1, i, j], rtol=1e-7, atol=1e-12)
     assert (grid > 0).all() and grid[:, :, 2].min() > grid[:, :, 1].max()
 
@@ -180,7 +181,7 @@ def test_coherence_of_the_targets_is_that_of_random_ones_before_training():
 
 def test_runs_in_single_precision_as_in_double():
     single, double = (
-        train_grid("network", 32, 24, [2.0**-6, 2.0**-5], [2.0**-6], [0], steps=10, dtype=dtype)
+        train_grid(draw_toy("network", 32, 24, [0], dtype=dtype), [2.0**-6, 2.0**-5], [2.0**-6], steps=10)
         for dtype in (torch.float32, torch.float64)
     )
     assert single.dtype == torch.float32

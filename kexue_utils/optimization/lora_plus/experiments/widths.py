@@ -4,12 +4,13 @@ What would count for which law was written down before the run: `LAWS` and `outc
 """
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
 
 from kexue_utils.optimization.lora_plus.sweep import QUANTITIES, SweepResult, width_sweep
-from kexue_utils.optimization.lora_plus.toy import PROBLEMS, train_grid
+from kexue_utils.optimization.lora_plus.toy import PROBLEMS, draw_toy, train_grid
 from kexue_utils.training.recorder import Experiment
 
 FIXED = 256
@@ -68,10 +69,14 @@ def sweep(parameters: dict, seeds: list[int], device: torch.device) -> SweepResu
     """Losses at every width, on grids that are continued until the best cell is `REACH` cells inside."""
     p = parameters
 
-    def losses(width, etas_A, etas_B, seeds):
+    @lru_cache(1)
+    def toy(width):
         n, m = SHAPES[p["shape"]](width)
-        return train_grid(p["problem"], n, m, etas_A, etas_B, seeds, optimizer=p["optimizer"], init=p["init"],
-                          steps=p["steps"], r=p["r"], b=p["b"], dtype=torch.float32, device=device)  # fmt: skip
+        options = {"r": p["r"], "b": p["b"], "init": p["init"], "dtype": torch.float32, "device": device}
+        return draw_toy(p["problem"], n, m, seeds, **options)
+
+    def losses(width, etas_A, etas_B, seeds):
+        return train_grid(toy(width), etas_A, etas_B, optimizer=p["optimizer"], steps=p["steps"])
 
     return width_sweep(losses, p["widths"], *first_grids(p), seeds, extend=12, margin=REACH + 1)
 
