@@ -7,6 +7,7 @@ _LORA = "kexue_utils.optimization.lora_plus.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
+    "lora_finetune": f"{_LORA}:FINETUNE",
     "lora_widths": f"{_LORA}:WIDTHS",
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",

@@ -173,7 +173,7 @@ def width_sweep(fn: Callable, widths: Sequence[int], etas_A, etas_B, seeds: Sequ
 
     fn: (width, etas_A, etas_B, seeds) → losses (seeds, etas_A, etas_B), array or tensor; nan and inf count as ∞.
     etas_A, etas_B: rates that rise by a constant factor, or functions of the width that return them.
-    extend: how many times a grid whose best cell is fewer than `margin` cells away from an end may be continued there by
+    extend: how many times a grid whose best cell is fewer than `margin` cells from an end may be continued there by
     a quarter of its length; only the new cells are computed. Raises ValueError as :class:`SweepResult`.
     """
     grids = {}

@@ -108,7 +108,9 @@ def recorded_sweep(runs: list[dict], temperature: float) -> SweepResult:
     grids = {}
     for width in runs[0]:
         cells = [run[width] for run in runs]
-        grid = [np.array(c["100 log10 loss"], dtype=np.float64) for c in cells]  # None becomes nan, and that counts as ∞
+        grid = [
+            np.array(c["100 log10 loss"], dtype=np.float64) for c in cells
+        ]  # None becomes nan, and that counts as ∞
         begin = [np.array([c[f"log2 first eta_{x}"] for c in cells]) for x in "AB"]
         sizes = [np.array([g.shape[axis] for g in grid]) for axis in (0, 1)]
         first = [b.max() for b in begin]
