@@ -136,29 +136,34 @@ class SweepResult:
             found[width] = {"eta_A": float(eta_A), "eta_B": float(eta_B), "ratio": float(eta_B / eta_A)}
         return found
 
-    def slope_ci(self, quantity: str = "ratio", *, level: float = 0.95, draws: int = 2000, seed: int = 0):
-        """:class:`SlopeInterval` of log₂ η* = a + s log₂ n for "eta_A", "eta_B" or "ratio"   (lora-sweep)
+    def slope_ci(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[str, SlopeInterval]:
+        """Slopes of log₂ η* = a + s log₂ n for "eta_A", "eta_B" and "ratio", with their intervals   (lora-sweep)
 
         Percentile bootstrap over the seeds, independently at every width, as those of different widths have nothing in
-        common. Raises ValueError as :meth:`optimum`, for one width or seed only, another quantity or level.
+        common. Raises ValueError as :meth:`optimum`, for one width or one seed only, or a level outside (0, 1).
         """
-        if quantity not in QUANTITIES or not 0 < level < 1:
-            raise ValueError(f"quantity must be one of {QUANTITIES} and level in (0, 1), got {quantity!r} and {level}")
+        if not 0 < level < 1:
+            raise ValueError(f"level must lie in (0, 1), got {level}")
         if len(self.grids) < 2 or min(len(logs) for logs in self._logs.values()) < 2:
             raise ValueError("a slope needs at least 2 widths, its interval at least 2 seeds")
-        centre = np.log2([found[quantity] for found in self.optimum().values()])
-        rng, columns, edges = np.random.default_rng(seed), [], []
+        best = self.optimum()
+        rng, resampled, edges = np.random.default_rng(seed), {name: [] for name in QUANTITIES}, []
         for width, grid in self.grids.items():
             logs = self._logs[width]
             weights = rng.multinomial(len(logs), np.full(len(logs), 1 / len(logs)), size=draws) / len(logs)
             means = _means(logs, weights)
             log_A, log_B, edge = _soft(means, np.log2(grid.etas_A), np.log2(grid.etas_B), self.temperature)
-            columns.append({"eta_A": log_A, "eta_B": log_B, "ratio": log_B - log_A}[quantity])
+            for name, values in zip(QUANTITIES, (log_A, log_B, log_B - log_A), strict=True):
+                resampled[name].append(values)
             edges.append(edge)
         x = np.log2(self.widths)
         x = (x - x.mean()) / ((x - x.mean()) ** 2).sum()
-        low, high = np.quantile(x @ np.array(columns), [(1 - level) / 2, (1 + level) / 2])
-        return SlopeInterval(float(x @ centre), float(low), float(high), float(np.any(edges, 0).mean()))
+        found = {}
+        for name, columns in resampled.items():
+            slope = x @ np.log2([best[width][name] for width in self.widths])
+            low, high = np.quantile(x @ np.array(columns), [(1 - level) / 2, (1 + level) / 2])
+            found[name] = SlopeInterval(float(slope), float(low), float(high), float(np.any(edges, 0).mean()))
+        return found
 
 
 def _extended(values, end, by):

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from kexue_utils.optimization.lora_plus.sweep import QUANTITIES, SweepResult, width_sweep
+from kexue_utils.optimization.lora_plus.sweep import SweepResult, width_sweep
 from kexue_utils.optimization.lora_plus.toy import PROBLEMS, draw_toy, train_grid
 from kexue_utils.training.recorder import Experiment
 
@@ -150,7 +150,7 @@ def _conclude(units):
                     width: {name: math.log2(value) for name, value in best.items()}
                     for width, best in swept.optimum().items()
                 }
-            found["slopes"][f"{temperature:g}"] = {q: swept.slope_ci(q, draws=1000)._asdict() for q in QUANTITIES}
+            found["slopes"][f"{temperature:g}"] = {q: ci._asdict() for q, ci in swept.slope_ci(draws=500).items()}
         found["envelope"] = {width: envelope(grid) for width, grid in swept.grids.items()}
         laws = LAWS["sgd" if p["optimizer"] == "sgd" else "sign", p["shape"]]
         if CHOSEN in found["slopes"]:
