@@ -134,8 +134,8 @@ def test_bad_arguments_are_named(function, message):
 
 
 def observed(init, c, times, seeds):
-    """{t: [log₂ κ, log₂ ratio], (widths, seeds) each} for η_A = c/n, η_B = 1/16 and constant rates."""
-    rows = {t: ([], []) for t in times}
+    """{t: [log₂ κ, log₂ ratio, log₂ predicted], (widths, seeds) each} for η_A = c/n, η_B = 1/16, constant rates."""
+    rows = {t: ([], [], []) for t in times}
     for n in WIDTHS:
         toy = draw_toy("linear", n, n, range(seeds), init=init, dtype=torch.float32)
         _, found = train_cells(
@@ -157,9 +157,10 @@ def slope(values):
 def test_with_B_zero_the_ratio_grows_with_the_width_from_the_first_step_on():
     rows = observed("A", 2, (1, 5), 32)
     for t in (1, 5):
-        kappa, ratio = (slope(values) for values in rows[t])
+        kappa, ratio, predicted = (slope(values) for values in rows[t])
         assert 0.85 < ratio[0] < 1.15 and ratio[1] < 0.06
-        assert abs(kappa[0]) < 0.1
+        assert abs(kappa[0]) < 0.1 and abs(predicted[0] - ratio[0]) < 0.15
+        assert abs(np.mean(rows[t][1]) - np.mean(rows[t][2])) < 1.2  # octaves
 
 
 def test_with_A_zero_small_first_steps_begin_at_the_root_of_the_width():

@@ -37,15 +37,6 @@ def sgd_ratio(G_A: Tensor, G_B: Tensor) -> Tensor:
     return G_A.square().sum((-2, -1)) / G_B.square().sum((-2, -1))
 
 
-def rank_one_ratio(x: Tensor, z: Tensor, B: Tensor, D: Tensor) -> Tensor:
-    """`sign_ratio` of a single example, from its norms: (‖x‖₁/‖z‖₁)·(‖BDᵀ‖₁/‖D‖₁), exactly   (lora-ratio)
-
-    x: (…, n), z = xA: (…, r), B: (…, r, m), D: (…, m); returns (…).
-    """
-    x, z, D, BD = (v.abs().sum(-1) for v in (x, z, D, (B @ D[..., None])[..., 0]))
-    return x / z * BD / D
-
-
 def coherence(B: Tensor, D: Tensor) -> Tensor:
     """κ = ‖BDᵀ‖₁/(r·|B|·‖D‖₁), with |B| the mean magnitude of B's entries   (lora-ratio)
 
@@ -55,6 +46,16 @@ def coherence(B: Tensor, D: Tensor) -> Tensor:
     """
     r = B.shape[-2]
     return (D @ B.mT).abs().sum((-2, -1)) / (r * B.abs().mean((-2, -1)) * D.abs().sum((-2, -1)))
+
+
+def coherence_ratio(X: Tensor, D: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """`sign_ratio` as n·|x|/|z| · |B|·κ, with |·| mean magnitudes of X, XA and B, and κ the coherence   (lora-ratio)
+
+    For one example, b = 1, it is exactly ‖G_A‖₁/‖G_B‖₁ = (‖x‖₁/‖z‖₁)·(‖BDᵀ‖₁/‖D‖₁); for more, an estimate that leaves out
+    what the examples' signs cancel. X: (…, b, n), D: (…, b, m), A: (…, n, r), B: (…, r, m); returns (…).
+    """
+    x, z, size = (v.abs().mean((-2, -1)) for v in (X, X @ A, B))
+    return X.shape[-1] * x / z * size * coherence(B, D)
 
 
 def feature_changes(X: Tensor, D: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:

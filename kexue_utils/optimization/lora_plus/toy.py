@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .cells import OPTIMIZERS
-from .contribution import coherence, sign_ratio
+from .contribution import coherence, coherence_ratio, sign_ratio
 from .factors import lecun_factors
 
 PROBLEMS = ("linear", "network")
@@ -76,10 +76,13 @@ def draw_toy(problem: str, n: int, m: int, seeds: Sequence[int], *, r: int = 4, 
 
 
 class Observation(NamedTuple):
-    """Of every seed and cell, (S, C): κ, η_B/η_A for equal contributions, and the loss (lora-ratio)."""
+    """Of every seed and cell, (S, C): κ, η_B/η_A for equal contributions, what κ predicts for it, and the loss
+    (lora-ratio).
+    """
 
     coherence: Tensor
     ratio: Tensor
+    predicted: Tensor
     loss: Tensor
 
 
@@ -125,7 +128,8 @@ def train_cells(toy: Toy, eta_A: Tensor, eta_B: Tensor, *, optimizer: str = "ada
     for t in range(steps + 1):
         loss, G_A, G_B, D = loss_gradients(toy, A, B)
         if t in observe:
-            observed[t] = Observation(coherence(B, D), sign_ratio(G_A.transpose(1, 2), G_B), loss)
+            predicted = coherence_ratio(toy.X[:, None], D, A.transpose(1, 2), B)
+            observed[t] = Observation(coherence(B, D), sign_ratio(G_A.transpose(1, 2), G_B), predicted, loss)
         if t < steps:
             cells.step([G_A, G_B], 1 - t / steps if decay else 1.0)
     return loss.nan_to_num(nan=torch.inf, posinf=torch.inf), observed
