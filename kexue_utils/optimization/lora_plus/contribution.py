@@ -51,8 +51,8 @@ def coherence(B: Tensor, D: Tensor) -> Tensor:
 def coherence_ratio(X: Tensor, D: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """`sign_ratio` as n·|x|/|z| · |B|·κ, with |·| mean magnitudes of X, XA and B, and κ the coherence   (lora-ratio)
 
-    For one example, b = 1, it is exactly ‖G_A‖₁/‖G_B‖₁ = (‖x‖₁/‖z‖₁)·(‖BDᵀ‖₁/‖D‖₁); for more, an estimate that leaves out
-    what the examples' signs cancel. X: (…, b, n), D: (…, b, m), A: (…, n, r), B: (…, r, m); returns (…).
+    Exact for one example, b = 1: ‖G_A‖₁/‖G_B‖₁ = (‖x‖₁/‖z‖₁)·(‖BDᵀ‖₁/‖D‖₁); for more, an estimate that leaves out what
+    the examples' signs cancel. X: (…, b, n), D: (…, b, m), A: (…, n, r), B: (…, r, m); returns (…).
     """
     x, z, size = (v.abs().mean((-2, -1)) for v in (X, X @ A, B))
     return X.shape[-1] * x / z * size * coherence(B, D)
