@@ -273,7 +273,7 @@ def _conclude(units):
 
 def _units(smoke):
     base = {"d_model": 128, "layers": 4, "heads": 2, "T": 128, "r": 8, "pretrain": "sympy", "pretrain_batch": 128,
-            "pretrain_steps": 1500, "pretrain_rate": 1e-3, "held_out": 12, "windows": 64, "batch": 8, "steps": 300,
+            "pretrain_steps": 1000, "pretrain_rate": 1e-3, "held_out": 12, "windows": 64, "batch": 8, "steps": 240,
             "points": 12, "choosers": 3, "size": 6, "corner": [-16, -14], "at_once": 144}  # fmt: skip
     if smoke:
         base |= {"d_model": 16, "layers": 1, "T": 16, "r": 2, "pretrain": "help topics", "pretrain_batch": 8,
