@@ -3,11 +3,14 @@
 from importlib import import_module
 
 _TEXT = "kexue_utils.attention.naive_bayes_attention.experiments"
+_LORA = "kexue_utils.optimization.lora_plus.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
 _SGD = "kexue_utils.optimization.sgd_convergence.experiments"
 _FLOW = "kexue_utils.optimization.gradient_flow.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
+    "lora_finetune": f"{_LORA}:FINETUNE",
+    "lora_widths": f"{_LORA}:WIDTHS",
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
     "naive_bayes_lengths": f"{_TEXT}:LENGTHS",
