@@ -3,7 +3,7 @@
 import argparse
 
 from kexue_utils.training.recorder import RECORDED, confirm, record
-from kexue_utils.training.registry import EXPERIMENTS, experiment
+from kexue_utils.training.registry import EXPERIMENTS, WAITING, experiment
 
 
 def main(arguments=None):
@@ -21,7 +21,7 @@ def main(arguments=None):
     chosen = parser.parse_args(arguments)
     if chosen.command == "list":
         for name in sorted(EXPERIMENTS):
-            print(f"{name:24}{experiment(name).title}")
+            print(f"{name:24}{experiment(name).title}{' (not recorded yet)' if name in WAITING else ''}")
         return
     if chosen.command == "confirm":
         confirm(RECORDED / f"{chosen.name}.json")

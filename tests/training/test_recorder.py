@@ -11,7 +11,7 @@ import torch
 from kexue_utils.training import load, recorder, registry
 from kexue_utils.training.__main__ import main
 from kexue_utils.training.progress import progress
-from kexue_utils.training.recorder import Experiment, changed, confirm, record
+from kexue_utils.training.recorder import RECORDED, Experiment, changed, confirm, record
 from kexue_utils.training.sources import sources
 
 CALLS = []
@@ -120,7 +120,12 @@ def test_a_missing_record_is_named_with_the_command_that_makes_it(toy):
         load("nothing")
 
 
-@pytest.mark.parametrize("name", sorted(registry.EXPERIMENTS))
+def test_every_experiment_has_a_record_or_is_said_to_wait_for_one():
+    recorded = {path.stem for path in RECORDED.glob("*.json")}
+    assert recorded | registry.WAITING == set(registry.EXPERIMENTS) and not recorded & registry.WAITING
+
+
+@pytest.mark.parametrize("name", sorted(set(registry.EXPERIMENTS) - registry.WAITING))
 def test_the_sources_of_every_record_are_those_that_made_it(name):
     found = load(name)
     assert not found["smoke"] and found["seeds"] >= 5
