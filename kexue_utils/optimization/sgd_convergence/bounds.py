@@ -52,7 +52,7 @@ def core_bound(eta: Tensor, D: float, G: float) -> Tensor:
 def core_bound_general(eta: Tensor, D: float, G: float) -> Tensor:
     """The same for any positive schedule: (D²/2T)(1/η_1 + Σ_{t≥2} (1/η_t − 1/η_{t−1})₊) + (G²/2T) Σ_t η_t
 
-    It is the core bound where the schedule does not increase   (sgd-parts)
+    It is the core bound where the schedule does not increase   (sgd-general)
     """
     _require(eta, D, G)
     inverse = 1 / eta
@@ -95,7 +95,7 @@ def last_iterate_bound_inv(eta: Tensor, D1: float, G: float) -> Tensor:
 def last_iterate_bound(eta: Tensor, D1: float, G: float) -> Tensor:
     """q_T ≤ D_1²/(2η_{1:T}) + (G²/2)(Σ_{t<T} η_t²/η_{t+1:T} + η_T), η_{a:b} = η_a + … + η_b, any schedule
 
-    (sgd-identity)
+    (sgd-any)
     """
     _require(eta, D1, G)
     rest = eta.flip(-1).cumsum(-1).flip(-1)

@@ -29,7 +29,7 @@ class Linear(ConvexProblem):
 
 
 class Rademacher(Linear):
-    """L_t(θ) = ±Gθ, d = 1, fair signs: what no algorithm can learn   (sgd-lower)"""
+    """L_t(θ) = ±Gθ, d = 1, fair signs: what no algorithm can learn   (sgd-coin)"""
 
     def __init__(self, G: float = 1.0):
         super().__init__(1, G)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def fit_rate(T: Tensor, y: Tensor, yerr: Tensor) -> tuple[float, float]:
-    """Slope of log y against log T by weighted least squares, and its standard error   (sgd-core, sgd-lower)
+    """Slope of log y against log T by weighted least squares, and its standard error   (sgd-sqrt)
 
     T, y, yerr: (n,), n ≥ 2, positive; yerr: standard errors of y, so log y has yerr/y. The standard error of the slope
     takes the points as independent: values along one run are not, so use separate runs for each T.

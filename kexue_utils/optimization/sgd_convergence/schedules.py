@@ -42,7 +42,7 @@ def polynomial(T: int, alpha: float = 1.0, p: float = 2.0) -> Tensor:
 
 
 def linear_decay(T: int, alpha: float = 1.0) -> Tensor:
-    """η_t = α(1 − t/(T+1))   (sgd-identity, sgd-optimal)"""
+    """η_t = α(1 − t/(T+1))   (sgd-linear, sgd-optimal)"""
     return polynomial(T, alpha, 1.0)
 
 
