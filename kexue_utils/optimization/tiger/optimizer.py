@@ -441,7 +441,7 @@ def _first(group, like):
 def _advance(group):
     if isinstance(group["micro_step"], Tensor):
         group["micro_step"].add_(1).remainder_(group["accumulation_steps"])
-    else:
+    elif group["accumulation_steps"] > 1:
         group["micro_step"] = (group["micro_step"] + 1) % group["accumulation_steps"]
 
 
