@@ -4,10 +4,8 @@ Sources: https://kexue.fm/archives/9512, https://kexue.fm/archives/8634, https:/
 official code https://github.com/bojone/tiger
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -16,59 +14,12 @@ from torch.optim import Optimizer
 
 from . import fused as fused_kernels
 from .distributed import average_momentum
-from .foreach import accumulate_all_, rates, select, step_all_
-from .reductions import compute_dtype, finite, is_sharded, local
-from .update import LR_SCALES, accumulate_, rate, shrink_, step_
+from .engine import advance, consume, dense, finish
+from .options import require, require_steps, warn_about_zeros
+from .reductions import finite, is_sharded
 
-NAN_POLICIES = ("shrink", "skip", "raise", "off", "official")
 # Which storage and code path is used is the new optimizer's choice, not the checkpoint's.
-BUCKET = 1 << 26  # elements that foreach takes at once
 _OWN = ("momentum_dtype", "foreach", "fused", "capturable")
-
-
-def _require_number(group, name, rule, holds):
-    value = group[name]
-    if isinstance(value, Tensor) and name == "lr" and value.numel() == 1:
-        value = value.item()
-    if isinstance(value, bool) or not isinstance(value, Real) or not holds(value):
-        raise ValueError(f"{name} must be {rule}, got {group[name]!r}")
-
-
-def _require_steps(k):
-    if isinstance(k, bool) or not isinstance(k, Integral) or k < 1:
-        raise ValueError(f"accumulation_steps must be an integer >= 1, got {k!r}")
-
-
-def _require(group):
-    _require_number(group, "lr", "a finite number >= 0", lambda x: 0 <= x < math.inf)
-    _require_number(group, "beta", "in [0, 1)", lambda x: 0 <= x < 1)
-    _require_number(group, "weight_decay", "a finite number >= 0", lambda x: 0 <= x < math.inf)
-    _require_number(group, "rms_floor", "a finite number >= 0", lambda x: 0 <= x < math.inf)
-    _require_number(group, "shrink_ratio", "in (0, 1]", lambda x: 0 < x <= 1)
-    _require_number(group, "sign_power", "in [0, 1]", lambda x: 0 <= x <= 1)
-    _require_number(group, "center", "a finite number", math.isfinite)
-    _require_steps(group["accumulation_steps"])
-    for name, choices in (("lr_scale", LR_SCALES), ("nan_policy", NAN_POLICIES)):
-        if group[name] not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {group[name]!r}")
-    dtype = group["momentum_dtype"]
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"momentum_dtype must be a floating-point dtype or None, got {dtype!r}")
-    if group["foreach"] and group["fused"]:
-        raise ValueError("foreach and fused must not both be True")
-    for theta in group["params"]:
-        shape = tuple(theta.shape)
-        if theta.is_complex():
-            raise RuntimeError(f"Tiger has no sign of a complex number: got a {theta.dtype} parameter of shape {shape}")
-        if group["lr_scale"] == "row_rms" and theta.ndim < 1:
-            raise ValueError(f"lr_scale 'row_rms' needs at least 1 dimension, got a parameter of shape {shape}")
-        if group["lazy_rows"] and (theta.ndim < 2 or is_sharded(theta)):
-            raise ValueError(f"lazy_rows needs unsharded parameters of >= 2 dimensions, got one of shape {shape}")
-        if group["fused"] and not fused_kernels.supports(theta, group):
-            raise RuntimeError(
-                "fused=True needs Triton, dense CUDA parameters in float64, float32, bfloat16 or float16, and not "
-                f"lazy_rows, got {theta.dtype} of shape {shape} on {theta.device}"
-            )
 
 
 class Tiger(Optimizer):
@@ -146,7 +97,7 @@ class Tiger(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _require(group)
+            require(group)
         except (ValueError, RuntimeError):
             self.param_groups.pop()
             raise
@@ -170,7 +121,7 @@ class Tiger(Optimizer):
         k, started = group["accumulation_steps"], group["cycle_steps"]
         if k == started:
             return
-        _require_steps(k)
+        require_steps(k)
         position = int(group["micro_step"])
         if position:
             raise RuntimeError(
@@ -180,7 +131,7 @@ class Tiger(Optimizer):
 
     def _check_finite(self, index, group):
         members = [(i, p) for i, p in enumerate(group["params"]) if p.grad is not None]
-        good = finite([_dense(p.grad) for _, p in members])
+        good = finite([dense(p.grad) for _, p in members])
         for (i, p), fine in zip(members, good, strict=True):
             if not fine:
                 name = group["param_names"][i] if "param_names" in group else f"{i} of group {index}"
@@ -205,7 +156,7 @@ class Tiger(Optimizer):
             grads.append(p.grad)
             ms.append(self.state[p]["m"])
             pendings.append(self.state[p]["pending"])
-        _warn_about_zeros(group, new)
+        warn_about_zeros(group, new)
 
     def _init_state(self, group, p):
         flags = (p.shape[0],) + (1,) * (p.ndim - 1) if group["lazy_rows"] else ()
@@ -238,13 +189,13 @@ class Tiger(Optimizer):
                 batches.append((group, params, grads, ms, pendings))
                 continue
             if params:
-                verdicts = self._consume(group, params, grads, ms, pendings, found_inf, grad_scale)
-                _finish(group, params, ms, pendings, verdicts, found_inf is None)
-            _advance(group)
+                verdicts = consume(group, params, grads, ms, pendings, self._verdicts, found_inf, grad_scale)
+                finish(group, params, ms, pendings, verdicts, found_inf is None)
+            advance(group)
         if batches:
             fused_kernels.fused_step(self._tables, batches, self._verdicts, found_inf, grad_scale)
             for group, *_ in batches:
-                _advance(group)
+                advance(group)
         self._verdicts.clear()
         return loss
 
@@ -261,49 +212,13 @@ class Tiger(Optimizer):
             params, grads, ms, pendings = [], [], [], []
             self._init_group(group, params, grads, ms, pendings, everything=True)
             if params:
-                _finish(group, params, ms, pendings, [None] * len(params), False, flush=True)
+                finish(group, params, ms, pendings, [None] * len(params), False, flush=True)
             group["micro_step"] = _place_micro_step(0, group)
 
     def _is_fused(self, group):
         if group["fused"] is False or group["foreach"] or torch.compiler.is_compiling():
             return False
         return all(fused_kernels.supports(p, group) for p in group["params"])
-
-    def _consume(self, group, params, grads, ms, pendings, found_inf=None, grad_scale=None):
-        """Gradients into m. Returns for every parameter: None without gradient, else whether it was good, or True."""
-        verdicts = [self._verdicts.get(p) for p in params] if self._verdicts else [None] * len(params)
-        members = [i for i, g in enumerate(grads) if g is not None]
-        if not members:
-            return verdicts
-        gs = [_dense(grads[i]) for i in members]
-        goods = None
-        if found_inf is not None:
-            goods = [(found_inf == 0).reshape(()).to(g.device) for g in gs]
-        elif group["nan_policy"] in ("shrink", "skip", "official"):
-            goods = finite(gs, nan_only=group["nan_policy"] == "official")
-        ms, pendings = [local(ms[i]) for i in members], [pendings[i] for i in members]
-        gs = [_like(g, params[i]) for g, i in zip(gs, members, strict=True)]
-        if grad_scale is not None:
-            gs = [g.to(compute_dtype(g)) * grad_scale.to(g.device).reciprocal() for g in gs]
-        if group["nan_policy"] == "official":
-            for pending in pendings:
-                pending.copy_(_first(group, pending))
-        for j, i in enumerate(members):
-            before = verdicts[i]
-            good = True if goods is None else goods[j]
-            verdicts[i] = good if before is None or before is True else before & good
-        if group["lazy_rows"]:
-            rows = [(g != 0).flatten(1).any(1).reshape(p.shape) for g, p in zip(gs, pendings, strict=True)]
-            goods = rows if goods is None else [row & good for row, good in zip(rows, goods, strict=True)]
-        options = {name: group[name] for name in ("beta", "accumulation_steps", "maximize")}
-        if _is_foreach(group, params):
-            for bucket in _buckets(ms, gs):
-                picked = [[x[j] for j in bucket] if x is not None else None for x in (ms, gs, pendings, goods)]
-                accumulate_all_(*picked, **options)
-        else:
-            for j, m in enumerate(ms):
-                accumulate_(m, gs[j], pendings[j], None if goods is None else goods[j], **options)
-        return verdicts
 
     # Gradients that are consumed before step().
 
@@ -354,14 +269,14 @@ class Tiger(Optimizer):
             raise RuntimeError(f"sparse gradients need lazy_rows=True, got one of shape {tuple(p.shape)}")
         if p not in self.state:
             self._init_state(group, p)
-            _warn_about_zeros(group, [p])
+            warn_about_zeros(group, [p])
         self._consume_now(group, [p])
 
     def _consume_now(self, group, params):
         """Gradients of these parameters into m; freed."""
         states = [self.state[p] for p in params]
         ms, pendings = [s["m"] for s in states], [s["pending"] for s in states]
-        verdicts = self._consume(group, params, [p.grad for p in params], ms, pendings)
+        verdicts = consume(group, params, [p.grad for p in params], ms, pendings, self._verdicts, free=True)
         for p, verdict in zip(params, verdicts, strict=True):
             if verdict is not None:
                 self._verdicts[p] = verdict
@@ -431,106 +346,3 @@ def _place_micro_step(position, group):
     if not group["capturable"]:
         return position
     return torch.full((), position, dtype=torch.int64, device=group["params"][0].device)
-
-
-def _first(group, like):
-    """Whether this micro-batch begins a cycle."""
-    return torch.as_tensor(group["micro_step"] == 0, device=like.device)
-
-
-def _advance(group):
-    if isinstance(group["micro_step"], Tensor):
-        group["micro_step"].add_(1).remainder_(group["accumulation_steps"])
-    elif group["accumulation_steps"] > 1:
-        group["micro_step"] = (group["micro_step"] + 1) % group["accumulation_steps"]
-
-
-def _is_foreach(group, params):
-    if group["foreach"] is not None:
-        return group["foreach"]
-    return any(p.is_cuda or is_sharded(p) for p in params)
-
-
-def _buckets(*lists):
-    """Indices of tensors that share device and dtypes, few enough that copies of them are no burden."""
-    done, found = [], {}
-    for i, row in enumerate(zip(*lists, strict=True)):
-        key = (row[0].device, *(x.dtype for x in row))
-        bucket, size = found.get(key, ([], 0))
-        if bucket and size + row[0].numel() > BUCKET:
-            done.append(bucket)
-            bucket, size = [], 0
-        bucket.append(i)
-        found[key] = bucket, size + row[0].numel()
-    return done + [bucket for bucket, _ in found.values()]
-
-
-def _dense(g):
-    return g.coalesce().to_dense() if g.is_sparse else g
-
-
-def _like(g, p):
-    """This rank's part of a gradient, split as its parameter is."""
-    if is_sharded(g) and g.placements != p.placements:
-        g = g.redistribute(placements=p.placements)
-    return local(g)
-
-
-def _warn_about_zeros(group, new):
-    if group["lr_scale"] not in ("rms", "row_rms") or group["rms_floor"] > 0:
-        return
-    new = [p for p in new if not is_sharded(p) and p.numel()]
-    if not new or (new[0].is_cuda and torch.cuda.is_current_stream_capturing()):
-        return
-    for p, moves in zip(new, [bool(p.any()) for p in new], strict=True):
-        if not moves:
-            warnings.warn(
-                f"a parameter of shape {tuple(p.shape)} is all zero: with lr_scale {group['lr_scale']!r} and "
-                "rms_floor=0 it never moves; set rms_floor, for example to 1e-3",
-                stacklevel=4,
-            )
-
-
-def _finish(group, params, ms, pendings, verdicts, shrinks, flush=False):
-    """Shrink what had a bad gradient; at the end of a cycle, step what had a good one."""
-    policy, k = group["nan_policy"], group["accumulation_steps"]
-    last = True if flush else group["micro_step"] == k - 1
-    buckets = _buckets(params, ms) if _is_foreach(group, params) else [[i] for i in range(len(params))]
-    # The rate is that of θ before anything happens to it.
-    etas = [None] * len(params)
-    for bucket in buckets if last is not False else ():
-        for i, eta in zip(bucket, _rates(group, [params[i] for i in bucket], ms[bucket[0]]), strict=True):
-            etas[i] = eta
-    if shrinks and policy in ("shrink", "official"):
-        for p, good in zip(params, verdicts, strict=True):
-            if isinstance(good, Tensor):
-                shrink_(p, good, group["shrink_ratio"], group["center"])
-    if last is False:
-        return
-    if policy == "official" and not flush:
-        active = [good if isinstance(good, Tensor) else None for good in verdicts]
-    else:
-        active = [~pending for pending in pendings]
-    if isinstance(last, Tensor):
-        active = [x if x is None else x & last.to(x.device) for x in active]
-    options = {name: group[name] for name in ("weight_decay", "sign_power", "stochastic_rounding")}
-    for bucket in buckets:
-        bucket = [i for i in bucket if active[i] is not None]
-        if len(bucket) > 1:
-            moved = select([active[i] for i in bucket], [etas[i] for i in bucket], 0.0)
-            step_all_([params[i] for i in bucket], [ms[i] for i in bucket], moved, **options)
-        elif bucket:
-            i = bucket[0]
-            step_(params[i], ms[i], torch.where(active[i], etas[i], 0.0), **options)
-    for pending in pendings:
-        pending.logical_or_(last.to(pending.device)) if isinstance(last, Tensor) else pending.fill_(True)
-
-
-def _rates(group, thetas, m):
-    """Rates as tensors, without waiting for the device."""
-    rule = group["lr"], group["lr_scale"], group["rms_floor"]
-    etas = rates(thetas, *rule) if len(thetas) > 1 else [rate(thetas[0], *rule)]
-    dtype = compute_dtype(thetas[0], m)
-    if isinstance(etas[0], Tensor):
-        return [eta.to(device=theta.device, dtype=dtype) for eta, theta in zip(etas, thetas, strict=True)]
-    return [torch.full((), etas[0], dtype=dtype, device=thetas[0].device)] * len(etas)

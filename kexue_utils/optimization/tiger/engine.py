@@ -1,0 +1,151 @@
+"""One micro-batch of one parameter group without Triton: gradients into m, then at the end of a cycle θ.
+
+``pending`` is a flag a parameter: it has not yet had a good gradient in this cycle. Verdicts say of a gradient whether
+it was good; no branch depends on a value on the device.
+"""
+
+import torch
+from torch import Tensor
+
+from .foreach import accumulate_all_, rates, select, step_all_
+from .reductions import compute_dtype, finite, is_sharded, local
+from .update import accumulate_, rate, shrink_, step_
+
+BUCKET = 1 << 26  # elements that foreach takes at once
+
+
+def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scale=None, free=False):
+    """Gradients into m. Returns for every parameter: None without gradient, else whether it was good, or True.
+
+    known: verdicts on gradients that were consumed before; free: the gradients will not be needed again.
+    """
+    verdicts = [known.get(p) for p in params] if known else [None] * len(params)
+    members = [i for i, g in enumerate(grads) if g is not None]
+    if not members:
+        return verdicts
+    gs = [dense(grads[i]) for i in members]
+    goods = None
+    if found_inf is not None:
+        goods = [(found_inf == 0).reshape(()).to(g.device) for g in gs]
+    elif group["nan_policy"] in ("shrink", "skip", "official"):
+        goods = finite(gs, nan_only=group["nan_policy"] == "official")
+    if goods is not None and group["nan_policy"] != "official" and _on_host(gs) and all(goods):
+        goods = None
+    ms, pendings = [local(ms[i]) for i in members], [pendings[i] for i in members]
+    gs = [_like(g, params[i]) for g, i in zip(gs, members, strict=True)]
+    if grad_scale is not None:
+        gs = [g.to(compute_dtype(g)) * grad_scale.to(g.device).reciprocal() for g in gs]
+    if group["nan_policy"] == "official":
+        for pending in pendings:
+            pending.copy_(_first(group, pending))
+    for j, i in enumerate(members):
+        before = verdicts[i]
+        good = True if goods is None else goods[j]
+        verdicts[i] = good if before is None or before is True else before & good
+    if group["lazy_rows"]:
+        rows = [(g != 0).flatten(1).any(1).reshape(p.shape) for g, p in zip(gs, pendings, strict=True)]
+        goods = rows if goods is None else [row & good for row, good in zip(rows, goods, strict=True)]
+    options = {name: group[name] for name in ("beta", "accumulation_steps", "maximize")}
+    if _is_foreach(group, params) and not free:
+        for bucket in _buckets(ms, gs):
+            picked = [[x[j] for j in bucket] if x is not None else None for x in (ms, gs, pendings, goods)]
+            accumulate_all_(*picked, **options)
+    else:
+        for j, m in enumerate(ms):
+            accumulate_(m, gs[j], pendings[j], None if goods is None else goods[j], consume=free, **options)
+    return verdicts
+
+
+def finish(group, params, ms, pendings, verdicts, shrinks, flush=False):
+    """Shrink what had a bad gradient; at the end of a cycle, step what had a good one."""
+    policy, k = group["nan_policy"], group["accumulation_steps"]
+    last = True if flush else group["micro_step"] == k - 1
+    buckets = _buckets(params, ms) if _is_foreach(group, params) else [[i] for i in range(len(params))]
+    # The rate is that of θ before anything happens to it.
+    etas = [None] * len(params)
+    for bucket in buckets if last is not False else ():
+        for i, eta in zip(bucket, _rates(group, [params[i] for i in bucket], ms[bucket[0]]), strict=True):
+            etas[i] = eta
+    if shrinks and policy in ("shrink", "official"):
+        for p, good in zip(params, verdicts, strict=True):
+            if isinstance(good, Tensor):
+                shrink_(p, good, group["shrink_ratio"], group["center"])
+    if last is False:
+        return
+    if policy == "official" and not flush:
+        active = [good if isinstance(good, Tensor) else None for good in verdicts]
+    else:
+        active = [~pending for pending in pendings]
+    if isinstance(last, Tensor):
+        active = [x if x is None else x & last.to(x.device) for x in active]
+    options = {name: group[name] for name in ("weight_decay", "sign_power", "stochastic_rounding")}
+    for bucket in buckets:
+        bucket = [i for i in bucket if active[i] is not None]
+        if len(bucket) > 1:
+            moved = select([active[i] for i in bucket], [etas[i] for i in bucket], 0.0)
+            step_all_([params[i] for i in bucket], [ms[i] for i in bucket], moved, **options)
+        elif bucket:
+            i = bucket[0]
+            step_(params[i], ms[i], torch.where(active[i], etas[i], 0.0), **options)
+    for pending in pendings:
+        pending.logical_or_(last.to(pending.device)) if isinstance(last, Tensor) else pending.fill_(True)
+
+
+def _rates(group, thetas, m):
+    """Rates as tensors, without waiting for the device."""
+    rule = group["lr"], group["lr_scale"], group["rms_floor"]
+    etas = rates(thetas, *rule) if len(thetas) > 1 else [rate(thetas[0], *rule)]
+    dtype = compute_dtype(thetas[0], m)
+    if isinstance(etas[0], Tensor):
+        return [eta.to(device=theta.device, dtype=dtype) for eta, theta in zip(etas, thetas, strict=True)]
+    return [torch.full((), etas[0], dtype=dtype, device=thetas[0].device)] * len(etas)
+
+
+def advance(group):
+    """The next position in the cycle."""
+    if isinstance(group["micro_step"], Tensor):
+        group["micro_step"].add_(1).remainder_(group["accumulation_steps"])
+    elif group["accumulation_steps"] > 1:
+        group["micro_step"] = (group["micro_step"] + 1) % group["accumulation_steps"]
+
+
+def _first(group, like):
+    """Whether this micro-batch begins a cycle."""
+    return torch.as_tensor(group["micro_step"] == 0, device=like.device)
+
+
+def _is_foreach(group, params):
+    if group["foreach"] is not None:
+        return group["foreach"]
+    return any(p.is_cuda or is_sharded(p) for p in params)
+
+
+def _buckets(*lists):
+    """Indices of tensors that share device and dtypes, few enough that copies of them are no burden."""
+    done, found = [], {}
+    for i, row in enumerate(zip(*lists, strict=True)):
+        key = (row[0].device, *(x.dtype for x in row))
+        bucket, size = found.get(key, ([], 0))
+        if bucket and size + row[0].numel() > BUCKET:
+            done.append(bucket)
+            bucket, size = [], 0
+        bucket.append(i)
+        found[key] = bucket, size + row[0].numel()
+    return done + [bucket for bucket, _ in found.values()]
+
+
+def _on_host(gs):
+    """Whether a look at these tensors costs nothing."""
+    return not torch.compiler.is_compiling() and all(g.device.type == "cpu" for g in gs)
+
+
+def dense(g):
+    """A sparse gradient as a dense one."""
+    return g.coalesce().to_dense() if g.is_sparse else g
+
+
+def _like(g, p):
+    """This rank's part of a gradient, split as its parameter is."""
+    if is_sharded(g) and g.placements != p.placements:
+        g = g.redistribute(placements=p.placements)
+    return local(g)
