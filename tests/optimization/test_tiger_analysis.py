@@ -22,7 +22,7 @@ def stored(dtype):
 @pytest.mark.parametrize("beta, units", [(0.9, 4), (0.945, 9), (0.965, 14), (0.99, 50)])
 def test_momentum_stalls_above_zero(dtype, beta, units):
     assert tiger.momentum_stall(beta, dtype) == units
-    m = torch.full((1,), 1e-3 if dtype == torch.float16 else 3e-39, dtype=dtype)
+    m = torch.full((1,), {torch.float16: 1e-3, torch.bfloat16: 3e-38}.get(dtype, 3e-39), dtype=dtype)
     pending, g = torch.ones((), dtype=torch.bool), torch.zeros(1, dtype=dtype)
     for _ in range(1500):
         before = m.clone()

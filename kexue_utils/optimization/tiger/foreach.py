@@ -43,7 +43,8 @@ def rates(thetas: list[Tensor], lr: float | Tensor, lr_scale: str, rms_floor: fl
     if lr_scale != "rms":
         return [rate(theta, lr, lr_scale, rms_floor) for theta in thetas]
     sizes = torch._foreach_mul(sum_squares(thetas), [1 / theta.numel() for theta in thetas])
-    return list(torch._foreach_mul(torch._foreach_clamp_min(torch._foreach_sqrt(sizes), rms_floor), lr))
+    sizes = torch._foreach_clamp_min(torch._foreach_sqrt(sizes), rms_floor)
+    return list(torch._foreach_mul(sizes, lr.to(sizes[0].dtype) if isinstance(lr, Tensor) else lr))
 
 
 def step_all_(

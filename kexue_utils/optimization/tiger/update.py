@@ -34,7 +34,8 @@ def rate(theta: Tensor, lr: float | Tensor, lr_scale: str = "rms", rms_floor: fl
         return lr
     if lr_scale == "half":
         return 0.5 * lr
-    return lr * rms(theta, lr_scale == "row_rms").clamp_min(rms_floor)
+    size = rms(theta, lr_scale == "row_rms").clamp_min(rms_floor)
+    return size * (lr.to(size.dtype) if isinstance(lr, Tensor) else lr)
 
 
 def direction(m: Tensor, sign_power: float = 0.0) -> Tensor:
