@@ -15,14 +15,15 @@ BUCKET = 1 << 26  # elements that foreach takes at once
 
 
 def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scale=None, free=False):
-    """Gradients into m. Returns for every parameter: None without gradient, else whether it was good, or True.
+    """Gradients into m. Returns verdicts (None: no gradient; True: good, or not tested), and whether all is plain.
 
-    known: verdicts on gradients that were consumed before; free: the gradients will not be needed again.
+    known: verdicts on gradients that were consumed before; free: the gradients will not be needed again. Plain is a
+    cycle of one micro-batch in which nothing can be missing: flags need not be looked at, and are left as they are.
     """
     verdicts = [known.get(p) for p in params] if known else [None] * len(params)
     members = [i for i, g in enumerate(grads) if g is not None]
     if not members:
-        return verdicts
+        return verdicts, False
     gs = [dense(grads[i]) for i in members]
     goods = None
     if found_inf is not None:
@@ -42,6 +43,10 @@ def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scal
         before = verdicts[i]
         good = True if goods is None else goods[j]
         verdicts[i] = good if before is None or before is True else before & good
+    plain = goods is None and len(members) == len(params) and not (known or free or group["lazy_rows"])
+    plain = plain and group["accumulation_steps"] == 1 and group["nan_policy"] != "official"
+    if plain:
+        pendings = [None] * len(params)
     if group["lazy_rows"]:
         rows = [(g != 0).flatten(1).any(1).reshape(p.shape) for g, p in zip(gs, pendings, strict=True)]
         goods = rows if goods is None else [row & good for row, good in zip(rows, goods, strict=True)]
@@ -53,10 +58,10 @@ def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scal
     else:
         for j, m in enumerate(ms):
             accumulate_(m, gs[j], pendings[j], None if goods is None else goods[j], consume=free, **options)
-    return verdicts
+    return verdicts, plain
 
 
-def finish(group, params, ms, pendings, verdicts, shrinks, flush=False):
+def finish(group, params, ms, pendings, verdicts, shrinks, plain=False, flush=False):
     """Shrink what had a bad gradient; at the end of a cycle, step what had a good one."""
     policy, k = group["nan_policy"], group["accumulation_steps"]
     last = True if flush else group["micro_step"] == k - 1
@@ -72,22 +77,25 @@ def finish(group, params, ms, pendings, verdicts, shrinks, flush=False):
                 shrink_(p, good, group["shrink_ratio"], group["center"])
     if last is False:
         return
-    if policy == "official" and not flush:
+    if plain:
+        active = [True] * len(params)
+    elif policy == "official" and not flush:
         active = [good if isinstance(good, Tensor) else None for good in verdicts]
     else:
         active = [~pending for pending in pendings]
-    if isinstance(last, Tensor):
+    if isinstance(last, Tensor) and not plain:
         active = [x if x is None else x & last.to(x.device) for x in active]
     options = {name: group[name] for name in ("weight_decay", "sign_power", "stochastic_rounding")}
     for bucket in buckets:
         bucket = [i for i in bucket if active[i] is not None]
         if len(bucket) > 1:
-            moved = select([active[i] for i in bucket], [etas[i] for i in bucket], 0.0)
+            moved = [etas[i] for i in bucket]
+            moved = moved if plain else select([active[i] for i in bucket], moved, 0.0)
             step_all_([params[i] for i in bucket], [ms[i] for i in bucket], moved, **options)
         elif bucket:
             i = bucket[0]
-            step_(params[i], ms[i], torch.where(active[i], etas[i], 0.0), **options)
-    for pending in pendings:
+            step_(params[i], ms[i], etas[i] if plain else torch.where(active[i], etas[i], 0.0), **options)
+    for pending in () if plain else pendings:
         pending.logical_or_(last.to(pending.device)) if isinstance(last, Tensor) else pending.fill_(True)
 
 

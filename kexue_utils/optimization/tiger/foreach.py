@@ -21,8 +21,10 @@ def accumulate_all_(
 ) -> None:  # fmt: skip
     """:func:`.update.accumulate_` for every tensor."""
     dtype = compute_dtype(ms[0], gs[0])
-    fresh = pendings if goods is None else [p & good for p, good in zip(pendings, goods, strict=True)]
-    decays = select(fresh, torch.full((), beta, dtype=dtype, device=ms[0].device), 1.0)
+    decays = beta
+    if pendings[0] is not None:
+        fresh = pendings if goods is None else [p & good for p, good in zip(pendings, goods, strict=True)]
+        decays = select(fresh, torch.full((), beta, dtype=dtype, device=ms[0].device), 1.0)
     weight = (1 - beta) / accumulation_steps
     weight = -weight if maximize else weight
     xs = [m.to(dtype) for m in ms]
@@ -34,7 +36,7 @@ def accumulate_all_(
             x.add_(torch.where(good, g, 0), alpha=weight)
     if xs[0] is not ms[0]:
         torch._foreach_copy_(ms, xs)
-    for i, pending in enumerate(pendings):
+    for i, pending in enumerate(pendings if pendings[0] is not None else ()):
         pending.fill_(False) if goods is None else pending.logical_and_(~goods[i])
 
 

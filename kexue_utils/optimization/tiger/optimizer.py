@@ -189,8 +189,8 @@ class Tiger(Optimizer):
                 batches.append((group, params, grads, ms, pendings))
                 continue
             if params:
-                verdicts = consume(group, params, grads, ms, pendings, self._verdicts, found_inf, grad_scale)
-                finish(group, params, ms, pendings, verdicts, found_inf is None)
+                verdicts, plain = consume(group, params, grads, ms, pendings, self._verdicts, found_inf, grad_scale)
+                finish(group, params, ms, pendings, verdicts, found_inf is None, plain)
             advance(group)
         if batches:
             fused_kernels.fused_step(self._tables, batches, self._verdicts, found_inf, grad_scale)
@@ -216,7 +216,8 @@ class Tiger(Optimizer):
             group["micro_step"] = _place_micro_step(0, group)
 
     def _is_fused(self, group):
-        if group["fused"] is False or group["foreach"] or torch.compiler.is_compiling():
+        chosen = group["fused"] if group["fused"] is not None else group["foreach"] is None
+        if not chosen or torch.compiler.is_compiling():
             return False
         return all(fused_kernels.supports(p, group) for p in group["params"])
 
@@ -276,7 +277,7 @@ class Tiger(Optimizer):
         """Gradients of these parameters into m; freed."""
         states = [self.state[p] for p in params]
         ms, pendings = [s["m"] for s in states], [s["pending"] for s in states]
-        verdicts = consume(group, params, [p.grad for p in params], ms, pendings, self._verdicts, free=True)
+        verdicts, _ = consume(group, params, [p.grad for p in params], ms, pendings, self._verdicts, free=True)
         for p, verdict in zip(params, verdicts, strict=True):
             if verdict is not None:
                 self._verdicts[p] = verdict

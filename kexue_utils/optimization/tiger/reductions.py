@@ -45,10 +45,7 @@ def all_reduce(values: list[Tensor], like: list[Tensor], op: str) -> list[Tensor
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """What arithmetic on them is done in: float32 at least, rounded once when it is stored."""
-    dtype = torch.float32
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return dtype
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
 def _sum_squares(x: Tensor) -> Tensor:
@@ -84,14 +81,16 @@ def row_mean_squares(x: Tensor) -> Tensor:
 def finite(tensors: list[Tensor], nan_only: bool = False) -> list[Tensor]:
     """Whether each tensor, over all shards, has only finite entries (``nan_only``: no NaN); 0-d bools, no sync."""
     parts = [local(x) for x in tensors]
+    if len({x.device for x in parts}) != 1:
+        return [finite([x], nan_only)[0] for x in tensors]
     if parts and parts[0].is_cuda and not torch.compiler.is_compiling() and all(x.numel() for x in parts):
-        ends = [(x,) for x in torch._foreach_norm(parts, float("inf"))]  # NaN propagates
+        ends = [torch._foreach_norm(parts, float("inf"))]  # NaN propagates
     else:
-        ends = [x.aminmax() if x.numel() else (x.new_zeros(()),) for x in parts]
-    if nan_only:
-        good = [~x[0].isnan() for x in ends]
-    else:
-        good = [x[0].isfinite() & x[-1].isfinite() for x in ends]
+        ends = zip(*(x.aminmax() if x.numel() else (x.new_zeros(()),) * 2 for x in parts), strict=True)
+    dtype = compute_dtype(*parts)
+    ends = [torch.stack([x.to(dtype) for x in end]) for end in ends]
+    good = ~ends[0].isnan() if nan_only else torch.stack([end.isfinite() for end in ends]).all(0)
+    good = list(good.unbind())
     if any(map(is_sharded, tensors)):
         good = [x.bool() for x in all_reduce([x.int() for x in good], tensors, "MIN")]
     return good

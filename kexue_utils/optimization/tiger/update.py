@@ -49,19 +49,20 @@ def direction(m: Tensor, sign_power: float = 0.0) -> Tensor:
 
 
 def accumulate_(
-    m: Tensor, g: Tensor, pending: Tensor, good: Tensor | None = None, *, beta: float, accumulation_steps: int = 1,
-    maximize: bool = False, consume: bool = False,
+    m: Tensor, g: Tensor, pending: Tensor | None = None, good: Tensor | None = None, *, beta: float,
+    accumulation_steps: int = 1, maximize: bool = False, consume: bool = False,
 ) -> None:  # fmt: skip
     """One micro-batch into the momentum: m ← [(β−1)χ + 1]·m + (1−β)/k·g   (tiger-accumulation)
 
     χ is ``pending``, set at the start of a cycle of k = ``accumulation_steps`` gradients and cleared here: m decays
     once a cycle, at its first good gradient, and receives 1/k of each. A gradient that is not ``good`` changes
-    nothing. In place. m, g: any shape; pending, good: bool, 0-d or one for each row, (rows, 1, …). consume: g may be
-    written to, which saves a copy of it.
+    nothing. In place. m, g: any shape; pending, good: bool, 0-d or one for each row, (rows, 1, …); pending None: always
+    set, for k = 1. consume: g may be written to, which saves a copy of it.
     """
-    dtype = compute_dtype(m, g)
-    fresh = pending if good is None else pending & good
-    decay = torch.where(fresh, torch.full((), beta, dtype=dtype, device=m.device), 1.0)
+    dtype, decay = compute_dtype(m, g), beta
+    if pending is not None:
+        fresh = pending if good is None else pending & good
+        decay = torch.where(fresh, torch.full((), beta, dtype=dtype, device=m.device), 1.0)
     weight = (1 - beta) / accumulation_steps
     if good is not None:
         g = g.masked_fill_(~good, 0) if consume else torch.where(good, g, 0)
@@ -69,7 +70,8 @@ def accumulate_(
     x.mul_(decay).add_(g, alpha=-weight if maximize else weight)
     if x is not m:
         m.copy_(x)
-    pending.fill_(False) if good is None else pending.logical_and_(~good)
+    if pending is not None:
+        pending.fill_(False) if good is None else pending.logical_and_(~good)
 
 
 def shrink_(theta: Tensor, good: Tensor, ratio: float, center: float = 0.0) -> None:
