@@ -23,12 +23,10 @@ def gpt2(width=768, layers=12, tokens=50257, context=1024):
 
 
 def parameters(shapes, device, dtype):
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for shape in shapes:
-        p = torch.nn.Parameter((0.02 * torch.randn(shape, generator=generator)).to(device, dtype))
-        p.grad = torch.randn(shape, generator=generator).to(device, dtype)
-        found.append(p)
+    torch.manual_seed(0)
+    found = [torch.nn.Parameter(0.02 * torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
+    for p in found:
+        p.grad = torch.randn_like(p)
     return found
 
 
@@ -40,7 +38,7 @@ def state_bytes(optimizer, n):
 def measure(title, shapes, device, dtype, repeats, compiled=False):
     params = parameters(shapes, device, dtype)
     n, word = sum(p.numel() for p in params), dtype.itemsize
-    flat = torch.randn(n, device=device).to(dtype)
+    flat = torch.zeros(n, device=device, dtype=dtype)
     options = {
         "AdamW": (torch.optim.AdamW, {"fused": True} if device == "cuda" else {"foreach": True}, 7),
         "SGD with momentum": (torch.optim.SGD, {"momentum": 0.9, "fused": True}, 5),
@@ -69,7 +67,7 @@ def measure(title, shapes, device, dtype, repeats, compiled=False):
     times = seconds(functions, device, repeats)
     rate = 2 * n * word / times["copy"]
     print(f"\n{title}: {n / 1e6:.1f} M parameters in {len(params)} tensors, {str(dtype)[6:]}; ", end="")
-    print(f"copy {rate / 1e12:.2f} TB/s")
+    print(f"copy {rate / 1e9:.0f} GB/s")
     print(f"  {'':<40}{'ms':>9}{'limit':>9}{'share':>7}{'AdamW/':>8}{'B/param':>9}")
     for name, (_, _, words) in options.items():
         limit = words * n * word / rate

@@ -155,6 +155,24 @@ def test_two_runs_agree_bit_by_bit_and_rms_is_accurate():
 
 
 @needs_cuda
+@pytest.mark.parametrize("policy", ["shrink", "skip", "off", "official"])
+@pytest.mark.parametrize("path", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+def test_nothing_waits_for_the_device(path, policy):
+    params = make(torch.float32)
+    optimizer = Tiger(params, 1e-2, accumulation_steps=2, nan_policy=policy, **path)
+    gradients(params, 0, bad=False)
+    optimizer.step()  # the first looks for parameters that are all zero
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.9
+        optimizer.flush()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_cuda
 def test_a_graph_replays_every_micro_batch_of_a_cycle():
     params = make(torch.float32)
     plain = copy.deepcopy(params)

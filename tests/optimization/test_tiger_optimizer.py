@@ -339,6 +339,15 @@ def test_zero_parameters_do_not_move_without_a_floor():
     assert torch.equal(other, torch.full_like(other, -1e-3))
 
 
+def test_parameters_without_elements():
+    for path in ({"foreach": False}, {"foreach": True}):
+        params = make(shapes=((0, 3), (2, 3), (0,)))
+        gradients(params, 0)
+        start = params[1].detach().clone()
+        Tiger(params, **path).step()
+        assert not torch.equal(start, params[1])
+
+
 # Which rule for which parameter.
 
 

@@ -37,8 +37,9 @@ def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scal
     if grad_scale is not None:
         gs = [g.to(compute_dtype(g)) * grad_scale.to(g.device).reciprocal() for g in gs]
     if group["nan_policy"] == "official":
+        first = group["micro_step"] == 0
         for pending in pendings:
-            pending.copy_(_first(group, pending))
+            pending.copy_(first) if isinstance(first, Tensor) else pending.fill_(first)
     for j, i in enumerate(members):
         before = verdicts[i]
         good = True if goods is None else goods[j]
@@ -115,11 +116,6 @@ def advance(group):
         group["micro_step"].add_(1).remainder_(group["accumulation_steps"])
     elif group["accumulation_steps"] > 1:
         group["micro_step"] = (group["micro_step"] + 1) % group["accumulation_steps"]
-
-
-def _first(group, like):
-    """Whether this micro-batch begins a cycle."""
-    return torch.as_tensor(group["micro_step"] == 0, device=like.device)
 
 
 def _is_foreach(group, params):

@@ -44,7 +44,7 @@ def rates(thetas: list[Tensor], lr: float | Tensor, lr_scale: str, rms_floor: fl
     """:func:`.update.rate` of every tensor."""
     if lr_scale != "rms":
         return [rate(theta, lr, lr_scale, rms_floor) for theta in thetas]
-    sizes = torch._foreach_mul(sum_squares(thetas), [1 / theta.numel() for theta in thetas])
+    sizes = torch._foreach_mul(sum_squares(thetas), [1 / max(theta.numel(), 1) for theta in thetas])
     sizes = torch._foreach_clamp_min(torch._foreach_sqrt(sizes), rms_floor)
     return list(torch._foreach_mul(sizes, lr.to(sizes[0].dtype) if isinstance(lr, Tensor) else lr))
 

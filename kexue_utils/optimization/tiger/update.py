@@ -21,7 +21,7 @@ def rms(theta: Tensor, rows: bool = False) -> Tensor:
     """
     if rows:
         return row_mean_squares(theta).sqrt()
-    return (sum_squares([theta])[0] * (1 / theta.numel())).sqrt()
+    return (sum_squares([theta])[0] * (1 / max(theta.numel(), 1))).sqrt()
 
 
 def rate(theta: Tensor, lr: float | Tensor, lr_scale: str = "rms", rms_floor: float = 0.0) -> float | Tensor:
