@@ -111,13 +111,13 @@ def replayed(repeats):
 def variants(repeats):
     """The fused kernel with other blocks and in the other order."""
     params = parameters(gpt2(), "cuda", torch.float32)
-    default, launch = (fused.BLOCK, fused.WARPS), fused._launch
+    default, launch = (fused.BLOCK, fused.WARPS), fused._Bucket.launch
     print("\nvariants (block, warps, order): none without guard, rms without guard, rms with guard, ms")
     for (block, warps), reverse in itertools.product(
         ((1024, 4), (1024, 8), (2048, 8), (4096, 8), (4096, 16)), (True, False)
     ):
         fused.BLOCK, fused.WARPS = block, warps
-        fused._launch = lambda *given, reverse=reverse: launch(*given, reverse=reverse)
+        fused._Bucket.launch = lambda *given, reverse=reverse: launch(*given, reverse=reverse)
         functions = {
             given: Tiger(params, lr=1e-5, lr_scale=given[0], nan_policy=given[1]).step
             for given in (("none", "off"), ("rms", "off"), ("rms", "shrink"))
@@ -125,7 +125,7 @@ def variants(repeats):
         times = seconds(functions, "cuda", repeats)
         print(f"  {block:5d} {warps:3d} {'backward' if reverse else 'forward':<9}", end="")
         print("".join(f"{time * 1e3:8.3f}" for time in times.values()), flush=True)
-    (fused.BLOCK, fused.WARPS), fused._launch = default, launch
+    (fused.BLOCK, fused.WARPS), fused._Bucket.launch = default, launch
 
 
 if __name__ == "__main__":

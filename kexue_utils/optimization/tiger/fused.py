@@ -11,10 +11,10 @@ beginning with what the reduction has left in the cache.
 """
 
 import os
-import struct
 from contextlib import nullcontext
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,86 +42,213 @@ def supports(p: Tensor, group: dict) -> bool:
     return x.is_contiguous() or (not by_rows and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last))
 
 
+class Plan:
+    """The tensors of a fused step, in buckets of one kind, and what the kernels read besides them.
+
+    Kept from step to step: with a few hundred tensors the host must not take longer to look at them than the GPU to
+    update them. :meth:`prepare` sees whether anything but values has changed.
+    """
+
+    def __init__(self, batches: list[tuple], tables: "Tables"):
+        self.groups = [group for group, *_ in batches]
+        self.signature = [_signature(group) for group in self.groups]
+        members = {}
+        for group, params, grads, ms, pendings, states in batches:
+            for p, g, m, pending, state in zip(params, grads, ms, pendings, states, strict=True):
+                theta, m = local(p), local(m)
+                g = g if g is None else _as(g, p, theta)
+                aligned = all(x is None or x.data_ptr() % 16 == 0 for x in (theta, m, g))
+                kind = (theta.device, theta.dtype, m.dtype, theta.dtype if g is None else g.dtype, aligned)
+                kind = (*kind, group["stochastic_rounding"])
+                members.setdefault(kind, []).append((group, p, theta, m, g, pending, state))
+        taken = {id(p) for entries in members.values() for _, p, *_ in entries}
+        self.absent = [p for group in self.groups for p in group["params"] if id(p) not in taken]
+        self.buckets = [_Bucket(kind, entries, tables) for kind, entries in members.items()]
+
+    def prepare(self, param_groups: list[dict], state: dict, verdicts: dict) -> bool:
+        """Take up the present gradients; False if the plan does not fit any more."""
+        if len(param_groups) != len(self.groups):
+            return False
+        for group, known, signature in zip(param_groups, self.groups, self.signature, strict=True):
+            if group is not known or group["nan_policy"] == "raise" or _signature(group) != signature:
+                return False
+        if not all(p.grad is None and p not in verdicts for p in self.absent):
+            return False
+        return all(bucket.prepare(state) for bucket in self.buckets)
+
+    def launch(self, verdicts: dict, found_inf=None, grad_scale=None) -> None:
+        """One micro-batch of all groups."""
+        for bucket in self.buckets:
+            bucket.launch(verdicts, found_inf, grad_scale)
+
+
+def _signature(group):
+    return (len(group["params"]), group["fused"], group["foreach"], group["lazy_rows"], group["lr_scale"],
+            group["stochastic_rounding"], group["capturable"])  # fmt: skip
+
+
 class Tables:
-    """What the kernels read besides the tensors, kept from step to step: addresses, sizes, the list of chunks."""
+    """Copies small tables to the device without waiting for it."""
 
     def __init__(self):
-        self.layouts, self.spare, self.captured = {}, None, []
+        self.spare, self.captured = None, []
 
-    def layout(self, sizes, device, acc):
-        """Chunks and scratch for tensors of these (size, row, by rows)."""
-        key = (sizes, device, acc)
-        if key not in self.layouts:
-            self.layouts[key] = _Layout(sizes, device, acc)
-        return self.layouts[key]
-
-    def upload(self, layout, rows, settings, device):
-        """Addresses and settings on the device; copied only when they have changed."""
-        content = (tuple(rows), tuple(settings))
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if layout.content != content:
-            floats = struct.unpack(f"{len(settings)}q", struct.pack(f"{len(settings)}d", *settings))
-            values = torch.tensor((*rows, *floats), dtype=torch.int64)
-            # Memory that is still being read may not be written again: the allocator sees to it, except in a capture,
-            # whose graph reads it at every replay.
-            host = self.spare if capturing else None
-            if host is None or len(host) < len(values):
-                host = torch.empty(len(values), dtype=torch.int64, pin_memory=device.type == "cuda")
-            elif capturing:
-                self.spare = None
-            host[: len(values)].copy_(values)
-            if capturing:
-                self.captured.append(host)
-            elif device.type == "cuda" and self.spare is None:
-                self.spare = torch.empty(len(values), dtype=torch.int64, pin_memory=True)
-            table = host[: len(values)].to(device, non_blocking=True, copy=True)
-            layout.content = None if capturing else content  # a captured copy has not happened yet
-            layout.tables = table[: len(rows)], table[len(rows) :].view(torch.float64)
+    def upload(self, values: np.ndarray, device: torch.device) -> Tensor:
+        """An array of 8-byte numbers on the device."""
+        values = torch.from_numpy(values)
+        if device.type != "cuda":
+            return values.clone()
+        # Memory that is still being read may not be written again: the allocator sees to it, except in a capture, whose
+        # graph reads it at every replay, and where none can be had.
+        capturing, size = torch.cuda.is_current_stream_capturing(), values.numel()
+        host = None
+        if capturing and self.spare is not None and len(self.spare) >= size:
+            host, self.spare = self.spare[:size], self.spare[size:]
+        if host is None:
+            host = torch.empty(size, dtype=torch.int64, pin_memory=True)
+        if not capturing and (self.spare is None or len(self.spare) < 8 * size):
+            self.spare = torch.empty(16 * size, dtype=torch.int64, pin_memory=True)
+        host.view(values.dtype).copy_(values.view(-1))
+        table = host.view(values.dtype).to(device, non_blocking=True)
         if capturing:
-            self.captured.append(layout.tables)
-        return layout.tables
+            self.captured += (host, table)
+        return table
 
 
-class _Layout:
-    def __init__(self, sizes, device, acc):
-        counts = [-(-size // BLOCK) for size, _, _ in sizes]
-        row_counts = [size // row if by_rows else 0 for size, row, by_rows in sizes]
-        self.chunks = _pairs(counts, device)
-        self.row_chunks = _pairs([-(-rows // ROWS) for rows in row_counts], device)
-        self.firsts = torch.tensor([sum(counts[:i]) for i in range(len(counts) + 1)], dtype=torch.int32, device=device)
-        self.row_bases = [sum(row_counts[:i]) for i in range(len(row_counts))]
-        self.square_parts = torch.zeros(len(self.chunks), dtype=acc, device=device)
+class _Bucket:
+    def __init__(self, kind, entries, tables):
+        self.kind, self.tables = kind, tables
+        self.device, t_theta, _, self.t_g, _, _ = kind
+        self.acc = torch.float64 if torch.float64 in kind else torch.float32
+        self.groups = list({id(group): group for group, *_ in entries}.values())
+        number = {id(group): i for i, group in enumerate(self.groups)}
+        self.params = [p for _, p, *_ in entries]
+        self.states = [state for *_, state in entries]
+        self.strides = [theta.stride() for _, _, theta, *_ in entries]
+        self.known = [[s[name] for s in self.states] for name in ("m", "pending")]
+        self._take([g for _, _, _, _, g, _, _ in entries])
+        self.sharded = any(map(is_sharded, self.params))
+        self.base = np.zeros((len(entries), 10), dtype=np.int64)
+        counts, row_counts = [], []
+        for i, (group, p, theta, m, _, pending, _) in enumerate(entries):
+            by_rows, size = group["lr_scale"] == "row_rms", theta.numel()
+            row = max(theta.shape[-1], 1) if by_rows else 1
+            self.base[i] = (theta.data_ptr(), m.data_ptr(), 0, pending.data_ptr(), 0, size, p.numel(), row,
+                            sum(row_counts), number[id(group)])  # fmt: skip
+            counts.append(-(-size // BLOCK))
+            row_counts.append(size // row if by_rows else 0)
+        self.addresses = self.base[:, 0].tolist()
+        n, device = len(entries), self.device
+        self.chunks, self.row_chunks = _pairs(counts, device), _pairs([-(-rows // ROWS) for rows in row_counts], device)
+        firsts = np.concatenate(([0], np.cumsum(counts))).astype(np.int32)
+        self.firsts = torch.from_numpy(firsts).to(device)
+        self.square_parts = torch.zeros(len(self.chunks), dtype=self.acc, device=device)
         self.bad_parts = torch.zeros(len(self.chunks), dtype=torch.int32, device=device)
-        self.sums = torch.zeros(len(sizes), dtype=acc, device=device)
-        self.bads = torch.zeros(len(sizes), dtype=torch.int32, device=device)
-        self.decisions = torch.zeros(len(sizes), 9, dtype=torch.float64, device=device)
-        self.row_scales = torch.zeros(max(sum(row_counts), 1), dtype=acc, device=device)
-        self.content = self.tables = None
+        self.sums = torch.zeros(n, dtype=self.acc, device=device)
+        self.bads = torch.zeros(n, dtype=torch.int32, device=device)
+        self.decisions = torch.zeros(n, 9, dtype=torch.float64, device=device)
+        self.row_scales = torch.zeros(max(sum(row_counts), 1), dtype=self.acc, device=device)
+        self.content, self.table, self.setting = [None, None], None, None
+
+    def prepare(self, state):
+        """Whether only values and the addresses of gradients have changed."""
+        if state.get(self.params[0]) is not self.states[0] or state.get(self.params[-1]) is not self.states[-1]:
+            return False
+        if not all(s["m"] is m and s["pending"] is flag for s, m, flag in zip(self.states, *self.known, strict=True)):
+            return False
+        params = [local(p) for p in self.params] if self.sharded else self.params
+        if [p.data_ptr() for p in params] != self.addresses:
+            return False
+        grads = [p.grad for p in self.params]
+        if self.sharded:
+            grads = [g if g is None else _as(g, p, x) for g, p, x in zip(grads, self.params, params, strict=True)]
+        for g, stride in zip(grads, self.strides, strict=True):
+            if g is not None and (g.is_sparse or g.dtype != self.t_g or g.stride() != stride):
+                return False
+        return self._take(grads)
+
+    def _take(self, grads):
+        """Keep these gradients for the launch; False if they are not aligned as the others were."""
+        self.gradients, self.found = grads, [0 if g is None else g.data_ptr() for g in grads]
+        return not (self.kind[4] and any(address % 16 for address in self.found))
+
+    def _upload(self, verdicts):
+        """Tables of addresses and of settings, copied where they have changed."""
+        found = self.found
+        if verdicts:
+            known = [verdicts.get(p) for p in self.params]
+            found = found + [x.data_ptr() if isinstance(x, Tensor) else 0 for x in known]
+        settings = [x for group in self.groups for x in _settings(group)]
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if found != self.content[0] or capturing:
+            self.base[:, 2] = found[: len(self.params)]
+            self.base[:, 4] = found[len(self.params) :] if verdicts else 0
+            self.table = self.tables.upload(self.base, self.device)
+        if settings != self.content[1] or capturing:
+            values = np.array(settings, dtype=np.float64)
+            self.setting = self.tables.upload(values, self.device).view(len(self.groups), -1)
+        # What was copied in a capture is not there before the graph runs.
+        self.content = [None, None] if capturing else [found, settings]
+        for row, group in zip(self.setting, self.groups, strict=True):
+            _fill_from_device(row, group)
+
+    def launch(self, verdicts, found_inf, grad_scale, reverse=True):
+        """The kernels, for the gradients that :meth:`prepare` or the constructor saw."""
+        from . import kernels
+
+        self._upload(verdicts)
+        _, t_theta, t_m, t_g, aligned, rounding = self.kind
+        t_theta, t_m, t_g = (_triton_dtype(kernels, x) for x in (t_theta, t_m, t_g))
+        rounding = rounding and self.kind[1] in (torch.bfloat16, torch.float16)
+        amp, scaled, groups = found_inf is not None, grad_scale is not None, self.groups
+        acc, align = _triton_dtype(kernels, self.acc), 16 if aligned else 1
+        last = any(
+            isinstance(x["micro_step"], Tensor) or x["micro_step"] == x["accumulation_steps"] - 1 for x in groups
+        )
+        guarded = not amp and any(_POLICIES[group["nan_policy"]] for group in groups)
+        squared = last and any(group["lr_scale"] == "rms" for group in groups)
+        found_inf = self.sums if found_inf is None else found_inf.to(self.device)
+        grad_scale = self.sums if grad_scale is None else grad_scale.to(self.device)
+        seed = torch.randint(0, 1 << 31, (1,), device=self.device) if rounding else self.firsts
+        n, rows = len(self.chunks), len(self.row_chunks)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            if n and (guarded or squared):
+                kernels.reduce_kernel[(n,)](
+                    self.table, self.setting, self.chunks, self.square_parts, self.bad_parts, T_THETA=t_theta, T_G=t_g,
+                    ACC=acc, AMP=amp, ALIGN=align, BLOCK=BLOCK, num_warps=WARPS,
+                )  # fmt: skip
+            if last and rows:
+                kernels.row_kernel[(rows,)](
+                    self.table, self.setting, self.row_chunks, self.row_scales, T_THETA=t_theta, ACC=acc, ROWS=ROWS,
+                    BLOCK=ROW_BLOCK, num_warps=WARPS,
+                )  # fmt: skip
+            for add, decide in ((True, False), (False, True)) if self.sharded else ((True, True),):
+                kernels.decide_kernel[(len(self.params),)](
+                    self.table, self.setting, self.firsts, self.square_parts, self.bad_parts, self.sums, self.bads,
+                    self.decisions, found_inf, ACC=acc, AMP=amp, SUM=add, DECIDE=decide, BLOCK=PARTS, num_warps=4,
+                )  # fmt: skip
+                if not decide:
+                    for parts, op in ((self.sums, "SUM"), (self.bads, "MAX")):
+                        parts.copy_(torch.stack(all_reduce(list(parts.unbind()), self.params, op)))
+            if n:
+                kernels.update_kernel[(n,)](
+                    self.table, self.chunks, self.decisions, self.row_scales, grad_scale, seed, n, T_THETA=t_theta,
+                    T_M=t_m, T_G=t_g, ACC=acc, AMP=scaled, POWERS=any(group["sign_power"] for group in groups),
+                    ROUND=rounding, REVERSED=reverse, ALIGN=align, BLOCK=BLOCK, num_warps=WARPS,
+                )  # fmt: skip
+        self.gradients = None  # they may be freed now
+
+
+def _triton_dtype(kernels, dtype):
+    return getattr(kernels.tl, {torch.bfloat16: "bfloat16"}.get(dtype, str(dtype)[6:]))
 
 
 def _pairs(counts, device):
     """(tensor, number of the chunk in it) of every chunk."""
-    counts = torch.tensor(counts, dtype=torch.int64)
-    t = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    number = torch.arange(len(t)) - (counts.cumsum(0) - counts)[t]
-    return torch.stack((t, number), 1).to(device=device, dtype=torch.int32)
-
-
-def fused_step(tables: Tables, batches: list[tuple], verdicts: dict, found_inf=None, grad_scale=None) -> None:
-    """One micro-batch of all groups. batches: (group, parameters, gradients or None, ms, pendings)."""
-    buckets = {}
-    for group, params, grads, ms, pendings in batches:
-        for p, g, m, pending in zip(params, grads, ms, pendings, strict=True):
-            theta, m = local(p), local(m)
-            g = g if g is None else _as(g, p, theta)
-            verdict = verdicts.get(p)
-            verdict = verdict if isinstance(verdict, Tensor) else None
-            entry = (group, p, theta, m, g, pending, verdict)
-            aligned = all(x is None or x.data_ptr() % 16 == 0 for x in (theta, m, g))
-            kind = (theta.device, theta.dtype, m.dtype, theta.dtype if g is None else g.dtype, aligned)
-            buckets.setdefault((*kind, group["stochastic_rounding"]), []).append(entry)
-    for kind, entries in buckets.items():
-        _launch(tables, kind, entries, found_inf, grad_scale)
+    counts = np.array(counts, dtype=np.int64)
+    t = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(t)) - (np.cumsum(counts) - counts)[t]
+    return torch.from_numpy(np.stack((t, number), 1).astype(np.int32)).to(device)
 
 
 def _as(g, p, theta):
@@ -142,83 +269,11 @@ def _settings(group):
             _POLICIES[group["nan_policy"]], first, last)  # fmt: skip
 
 
-def _launch(tables, kind, entries, found_inf, grad_scale, reverse=True):
-    from . import kernels
-    from .kernels import tl
-
-    device, t_theta, t_m, t_g, aligned, rounding = kind
-    types = {torch.float64: tl.float64, torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
-    types = {dtype: types.get(dtype, tl.float16) for dtype in (t_theta, t_m, t_g)}
-    acc = torch.float64 if torch.float64 in types else torch.float32
-    groups = list({id(group): group for group, *_ in entries}.values())
-    number = {id(group): i for i, group in enumerate(groups)}
-    by_rows = [group["lr_scale"] == "row_rms" for group, *_ in entries]
-    sizes = tuple(
-        (theta.numel(), max(theta.shape[-1], 1) if rows else 1, rows)
-        for (_, _, theta, *_), rows in zip(entries, by_rows, strict=True)
-    )
-    layout = tables.layout(sizes, device, acc)
-    rows = []
-    for (group, p, theta, m, g, pending, verdict), base, (size, row, _) in zip(
-        entries, layout.row_bases, sizes, strict=True
-    ):
-        addresses = [0 if x is None else x.data_ptr() for x in (theta, m, g, pending, verdict)]
-        rows += (*addresses, size, p.numel(), row, base, number[id(group)])
-    settings = [x for group in groups for x in _settings(group)]
-    address, setting = tables.upload(layout, rows, settings, device)
-    for i, group in enumerate(groups):
-        _fill_from_device(setting.view(len(groups), -1)[i], group, kernels)
-
-    amp = found_inf is not None
-    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-    common = {"ACC": tl.float64 if acc == torch.float64 else tl.float32, "AMP": amp}
-    align = 16 if aligned else 1
-    last = any(isinstance(group["micro_step"], Tensor) or group["micro_step"] == group["accumulation_steps"] - 1
-               for group in groups)  # fmt: skip
-    guarded = not amp and any(_POLICIES[group["nan_policy"]] for group in groups)
-    squared = last and any(group["lr_scale"] == "rms" for group in groups)
-    found_inf = layout.sums if found_inf is None else found_inf.to(device)
-    scaled = grad_scale is not None
-    grad_scale = layout.sums if grad_scale is None else grad_scale.to(device)
-    seed = torch.randint(0, 1 << 31, (1,), device=device) if rounding else layout.firsts
-    n = len(layout.chunks)
-    with here:
-        if n and (guarded or squared):
-            kernels.reduce_kernel[(n,)](
-                address, setting, layout.chunks, layout.square_parts, layout.bad_parts, T_THETA=types[t_theta],
-                T_G=types[t_g], ALIGN=align, BLOCK=BLOCK, num_warps=WARPS, **common,
-            )  # fmt: skip
-        if last and len(layout.row_chunks):
-            kernels.row_kernel[(len(layout.row_chunks),)](
-                address, setting, layout.row_chunks, layout.row_scales, T_THETA=types[t_theta], ACC=common["ACC"],
-                ROWS=ROWS, BLOCK=ROW_BLOCK, num_warps=WARPS,
-            )  # fmt: skip
-        sharded = any(is_sharded(p) for _, p, *_ in entries)
-        for stage in (("SUM",), ("DECIDE",)) if sharded else (("SUM", "DECIDE"),):
-            kernels.decide_kernel[(len(entries),)](
-                address, setting, layout.firsts, layout.square_parts, layout.bad_parts, layout.sums, layout.bads,
-                layout.decisions, found_inf, SUM="SUM" in stage, DECIDE="DECIDE" in stage, BLOCK=PARTS,
-                num_warps=4, **common,
-            )  # fmt: skip
-            if stage == ("SUM",):
-                params = [p for _, p, *_ in entries]
-                layout.sums.copy_(torch.stack(all_reduce(list(layout.sums.unbind()), params, "SUM")))
-                layout.bads.copy_(torch.stack(all_reduce(list(layout.bads.unbind()), params, "MAX")))
-        if n:
-            common["AMP"] = scaled
-            kernels.update_kernel[(n,)](
-                address, layout.chunks, layout.decisions, layout.row_scales, grad_scale, seed, n,
-                T_THETA=types[t_theta], T_M=types[t_m], T_G=types[t_g], ROUND=rounding and t_theta in (
-                    torch.bfloat16, torch.float16), POWERS=any(group["sign_power"] for group in groups),
-                REVERSED=reverse, ALIGN=align, BLOCK=BLOCK, num_warps=WARPS, **common,
-            )  # fmt: skip
-
-
-def _fill_from_device(row, group, kernels):
-    """Settings that live on the device: a learning rate, a position in the cycle."""
+def _fill_from_device(row, group):
+    """Settings that live on the device: a learning rate, a position in the cycle. Columns as in :mod:`.kernels`."""
     if isinstance(group["lr"], Tensor):
-        row[kernels.LR.value].copy_(group["lr"].reshape(()), non_blocking=True)
+        row[0].copy_(group["lr"].reshape(()), non_blocking=True)
     if isinstance(group["micro_step"], Tensor):
         position = group["micro_step"]
-        row[kernels.FIRST.value].copy_(position == 0)
-        row[kernels.LAST.value].copy_(position == group["accumulation_steps"] - 1)
+        row[10].copy_(position == 0)
+        row[11].copy_(position == group["accumulation_steps"] - 1)

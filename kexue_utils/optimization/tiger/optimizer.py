@@ -85,8 +85,9 @@ class Tiger(Optimizer):
         super().__init__(params, defaults)
 
     def _transient(self):
-        # Verdicts on gradients that were consumed before step(); hooks; tables of addresses. Not part of the state.
-        self._verdicts, self._handles, self._groups_of, self._tables = {}, [], {}, fused_kernels.Tables()
+        # Verdicts on gradients that were consumed before step(); hooks; the fused step's tables. Not part of the state.
+        self._verdicts, self._handles, self._groups_of = {}, [], {}
+        self._plan, self._tables = None, fused_kernels.Tables()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -107,8 +108,6 @@ class Tiger(Optimizer):
     # Before a step: nothing has changed when one of these raises.
 
     def _check(self, found_inf):
-        if self._handles and found_inf is not None:
-            raise RuntimeError("a GradScaler needs the gradients that the backward hooks consumed; remove the hooks")
         for index, group in enumerate(self.param_groups):
             self._check_cycle(group)
             for p in group["params"]:
@@ -178,26 +177,37 @@ class Tiger(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        self._check(found_inf)
+        if self._handles and found_inf is not None:
+            raise RuntimeError("a GradScaler needs the gradients that the backward hooks consumed; remove the hooks")
+        if self._plan is not None and self._plan.prepare(self.param_groups, self.state, self._verdicts):
+            for group in self.param_groups:
+                self._check_cycle(group)
+        else:
+            self._check(found_inf)
+            self._step_eager_groups(found_inf, grad_scale)
+        if self._plan is not None:
+            self._plan.launch(self._verdicts, found_inf, grad_scale)
+            for group in self._plan.groups:
+                advance(group)
+        self._verdicts.clear()
+        return loss
+
+    def _step_eager_groups(self, found_inf, grad_scale):
+        """Step the groups that are not for the kernels; plan the others."""
         batches = []
         for group in self.param_groups:
             params, grads, ms, pendings = [], [], [], []
             fused = self._is_fused(group)
-            # The fused step's tables are made for one set of parameters.
+            # A plan is made for one set of parameters, so it takes all that have a state.
             self._init_group(group, params, grads, ms, pendings, everything=fused)
             if params and fused:
-                batches.append((group, params, grads, ms, pendings))
+                batches.append((group, params, grads, ms, pendings, [self.state[p] for p in params]))
                 continue
             if params:
                 verdicts, plain = consume(group, params, grads, ms, pendings, self._verdicts, found_inf, grad_scale)
                 finish(group, params, ms, pendings, verdicts, found_inf is None, plain)
             advance(group)
-        if batches:
-            fused_kernels.fused_step(self._tables, batches, self._verdicts, found_inf, grad_scale)
-            for group, *_ in batches:
-                advance(group)
-        self._verdicts.clear()
-        return loss
+        self._plan = fused_kernels.Plan(batches, self._tables) if batches else None
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -341,6 +351,7 @@ class Tiger(Optimizer):
                     "pending": entry["pending"].to(device=p.device, copy=True),
                 }
         self._verdicts.clear()
+        self._plan = None
 
 
 def _place_micro_step(position, group):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def is_sharded(x: Tensor) -> bool:
     """Whether x is a DTensor (one can exist only once its module is loaded); none is expected under torch.compile."""
-    if torch.compiler.is_compiling():
+    if type(x) in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
