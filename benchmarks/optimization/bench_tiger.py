@@ -59,11 +59,11 @@ def measure(title, shapes, device, dtype, repeats, compiled=False):
         wanted = params if "rows" not in name else [p for p in params if p.ndim > 1]
         optimizers[name] = kind(wanted, lr=1e-5 if kind is Tiger else 1e-6, **given)
         functions[name] = optimizers[name].step
-    if compiled:
-        name, lr = "Tiger compiled, rms, no guard", torch.tensor(1e-5, device=device)
-        optimizers[name] = Tiger(params, lr=lr, capturable=True, nan_policy="off")
+    for lr_scale, words in (("none", 5), ("rms", 6)) if compiled else ():
+        name, lr = f"Tiger compiled, {lr_scale}, no guard", torch.tensor(1e-5, device=device)
+        optimizers[name] = Tiger(params, lr=lr, lr_scale=lr_scale, capturable=True, nan_policy="off")
         functions[name] = torch.compile(optimizers[name].step)
-        options[name] = (None, None, 6)
+        options[name] = (None, None, words)
     times = seconds(functions, device, repeats)
     rate = 2 * n * word / times["copy"]
     print(f"\n{title}: {n / 1e6:.1f} M parameters in {len(params)} tensors, {str(dtype)[6:]}; ", end="")
@@ -95,9 +95,10 @@ def by_kind(repeats):
 def replayed(repeats):
     """The same step from a CUDA graph: the kernels without the host."""
     params = parameters(gpt2(), "cuda", torch.float32)
-    functions = {}
+    functions, kept = {}, []  # a graph reads what its optimizer owns
     for lr_scale, policy in itertools.product(("none", "rms"), ("off", "shrink")):
         optimizer = Tiger(params, lr=1e-5, lr_scale=lr_scale, nan_policy=policy, capturable=True)
+        kept.append(optimizer)
         for _ in range(3):
             optimizer.step()
         graph = torch.cuda.CUDAGraph()

@@ -19,7 +19,7 @@ def stored(dtype):
 
 
 @pytest.mark.parametrize("dtype", [*LOW, torch.float32])
-@pytest.mark.parametrize("beta, units", [(0.9, 4), (0.945, 9), (0.965, 14), (0.99, 50)])
+@pytest.mark.parametrize("beta, units", [(0.3, 0), (0.9, 4), (0.945, 9), (0.965, 14), (0.99, 50)])
 def test_momentum_stalls_above_zero(dtype, beta, units):
     assert tiger.momentum_stall(beta, dtype) == units
     m = torch.full((1,), {torch.float16: 1e-3, torch.bfloat16: 3e-38}.get(dtype, 3e-39), dtype=dtype)

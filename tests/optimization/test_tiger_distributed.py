@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kexue_utils.optimization import Tiger
 from kexue_utils.optimization.tiger import tiger_param_groups
+from kexue_utils.optimization.tiger.distributed import average_momentum
 from tests.tolerances import assert_close
 
 RANKS = 2
@@ -173,6 +174,24 @@ def worker(rank, store):
 
 def test_two_processes(tmp_path):
     mp.spawn(worker, (tmp_path / "store",), nprocs=RANKS)
+
+
+def test_moments_without_gradients_stay_to_the_last_bit():
+    """0.1·3/3 is not 0.1: what no rank has a gradient of is not averaged."""
+
+    def exchange(x, op=dist.ReduceOp.SUM, group=None):
+        if op == dist.ReduceOp.SUM:
+            x *= 3
+
+    states = [
+        {"m": torch.full((2,), 0.1, dtype=torch.float64), "pending": torch.tensor(pending)} for pending in (True, False)
+    ]
+    with mock.patch.object(dist, "all_reduce", exchange), mock.patch.object(dist, "get_world_size", lambda group: 3):
+        average_momentum(states, [0.9, 0.9])
+    assert torch.equal(states[0]["m"], torch.full((2,), 0.1, dtype=torch.float64))
+    assert not torch.equal(states[1]["m"], states[0]["m"])
+    assert_close(states[1]["m"], states[0]["m"])
+    average_momentum([], [])
 
 
 def test_without_a_process_group():

@@ -333,10 +333,12 @@ def test_zero_parameters_do_not_move_without_a_floor():
         optimizer.step()
         assert not zero.any()
         Tiger([zero], lr_scale="half").step()
-        other = torch.nn.Parameter(torch.zeros(3, 4))
-        other.grad = torch.ones_like(other)
-        Tiger([other], 1.0, weight_decay=0.0, rms_floor=1e-3).step()
-    assert torch.equal(other, torch.full_like(other, -1e-3))
+        for path in ({"foreach": False}, {"foreach": True}):
+            others = [torch.nn.Parameter(torch.zeros(3, 4)) for _ in range(2)]
+            for other in others:
+                other.grad = torch.ones_like(other)
+            Tiger(others, 1.0, weight_decay=0.0, rms_floor=1e-3, **path).step()
+            assert all(torch.equal(other, torch.full_like(other, -1e-3)) for other in others)
 
 
 def test_parameters_without_elements():
@@ -525,6 +527,8 @@ def test_grad_scaler(unscaled):
         assert one.param_groups[0]["micro_step"] == two.param_groups[0]["micro_step"] == (t + 1) % 2
         for p, q in zip(first.parameters(), second.parameters(), strict=True):
             assert_close(p.detach(), q.detach())
+            if p in one.state:  # a wrong scale would not change a sign
+                assert_close(one.state[p]["m"], two.state[q]["m"])
     assert scaler.get_scale() == 8 * 2**4 / 2**2
 
 

@@ -7,7 +7,7 @@ it was good; no branch depends on a value on the device.
 import torch
 from torch import Tensor
 
-from .foreach import accumulate_all_, rates, select, step_all_
+from .foreach import accumulate_all_, lift, rates, shrink_all_, step_all_
 from .reductions import compute_dtype, finite, is_sharded, local
 from .update import accumulate_, rate, shrink_, step_
 
@@ -64,40 +64,39 @@ def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scal
 
 def finish(group, params, ms, pendings, verdicts, shrinks, plain=False, flush=False):
     """Shrink what had a bad gradient; at the end of a cycle, step what had a good one."""
-    policy, k = group["nan_policy"], group["accumulation_steps"]
-    last = True if flush else group["micro_step"] == k - 1
-    buckets = _buckets(params, ms) if _is_foreach(group, params) else [[i] for i in range(len(params))]
-    # The rate is that of θ before anything happens to it.
-    etas = [None] * len(params)
-    for bucket in buckets if last is not False else ():
-        for i, eta in zip(bucket, _rates(group, [params[i] for i in bucket], ms[bucket[0]]), strict=True):
-            etas[i] = eta
-    if shrinks and policy in ("shrink", "official"):
-        for p, good in zip(params, verdicts, strict=True):
-            if isinstance(good, Tensor):
-                shrink_(p, good, group["shrink_ratio"], group["center"])
-    if last is False:
-        return
-    if plain:
-        active = [True] * len(params)
-    elif policy == "official" and not flush:
-        active = [good if isinstance(good, Tensor) else None for good in verdicts]
-    else:
-        active = [~pending for pending in pendings]
-    if isinstance(last, Tensor) and not plain:
-        active = [x if x is None else x & last.to(x.device) for x in active]
-    options = {name: group[name] for name in ("weight_decay", "sign_power", "stochastic_rounding")}
-    for bucket in buckets:
-        bucket = [i for i in bucket if active[i] is not None]
-        if len(bucket) > 1:
-            moved = [etas[i] for i in bucket]
-            moved = moved if plain else select([active[i] for i in bucket], moved, 0.0)
-            step_all_([params[i] for i in bucket], [ms[i] for i in bucket], moved, **options)
-        elif bucket:
-            i = bucket[0]
-            step_(params[i], ms[i], etas[i] if plain else torch.where(active[i], etas[i], 0.0), **options)
-    for pending in () if plain else pendings:
-        pending.logical_or_(last.to(pending.device)) if isinstance(last, Tensor) else pending.fill_(True)
+    policy, last = group["nan_policy"], True if flush else group["micro_step"] == group["accumulation_steps"] - 1
+    official, shrinks = policy == "official" and not flush, shrinks and policy in ("shrink", "official")
+    foreach = _is_foreach(group, params)
+    for bucket in _buckets(params, ms) if foreach else ([i] for i in range(len(params))):
+        if official:  # only what has a gradient now
+            bucket = [i for i in bucket if isinstance(verdicts[i], Tensor)]
+        thetas, flags = [params[i] for i in bucket], [pendings[i] for i in bucket]
+        if not bucket:
+            continue
+        # The rate is that of θ before anything happens to it.
+        etas = None if last is False else _rates(group, thetas, ms[bucket[0]])
+        tested = [i for i in bucket if isinstance(verdicts[i], Tensor)] if shrinks else []
+        if foreach and tested:
+            bad = [params[i] for i in tested], [verdicts[i] for i in tested]
+            shrink_all_(*bad, group["shrink_ratio"], group["center"])
+        else:
+            for i in tested:
+                shrink_(params[i], verdicts[i], group["shrink_ratio"], group["center"])
+        if last is False:
+            continue
+        if not plain:
+            active = [verdicts[i] for i in bucket] if official else lift(torch.logical_not, flags)
+            if isinstance(last, Tensor):
+                active = lift(lambda x: x & last.to(x.device), active)
+            etas = lift(lambda x, eta: torch.where(x, eta, 0.0), active, etas)
+        options = {name: group[name] for name in ("weight_decay", "sign_power", "stochastic_rounding")}
+        if foreach:
+            step_all_(thetas, [ms[i] for i in bucket], etas, **options)
+        else:
+            step_(thetas[0], ms[bucket[0]], etas[0], **options)
+        if not plain:
+            now = torch.as_tensor(last, device=flags[0].device) if isinstance(last, Tensor) else last
+            torch._foreach_copy_(flags, lift(lambda x: x | now, flags))  # noqa: B023
 
 
 def _rates(group, thetas, m):

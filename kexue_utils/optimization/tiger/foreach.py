@@ -1,5 +1,7 @@
 """The functions of :mod:`.update` on lists of tensors of one device and dtype, with the same arithmetic."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -7,24 +9,24 @@ from .reductions import compute_dtype, local, sum_squares
 from .update import direction, rate, store_
 
 
-def select(flags: list[Tensor], yes: Tensor | list[Tensor], no: float) -> list[Tensor]:
-    """``yes`` where a flag is set, else ``no``: one kernel for all flags if they are single."""
-    if all(flag.ndim == 0 for flag in flags) and (isinstance(yes, Tensor) or all(x.ndim == 0 for x in yes)):
-        return list(torch.where(torch.stack(flags), yes if isinstance(yes, Tensor) else torch.stack(yes), no).unbind())
-    each = [yes] * len(flags) if isinstance(yes, Tensor) else yes
-    return [torch.where(flag, x, no) for flag, x in zip(flags, each, strict=True)]
+def lift(function: Callable[..., Tensor], *lists: list[Tensor]) -> list[Tensor]:
+    """function of the i-th flag or number of each list, for every i: in one go if all are single."""
+    if len(lists[0]) > 1 and all(x.ndim == 0 for each in lists for x in each):
+        return list(function(*map(torch.stack, lists)).unbind())
+    return [function(*each) for each in zip(*lists, strict=True)]
 
 
 def accumulate_all_(
-    ms: list[Tensor], gs: list[Tensor], pendings: list[Tensor], goods: list[Tensor] | None, *, beta: float,
+    ms: list[Tensor], gs: list[Tensor], pendings: list[Tensor | None], goods: list[Tensor] | None, *, beta: float,
     accumulation_steps: int, maximize: bool,
 ) -> None:  # fmt: skip
     """:func:`.update.accumulate_` for every tensor."""
-    dtype = compute_dtype(ms[0], gs[0])
-    decays = beta
-    if pendings[0] is not None:
-        fresh = pendings if goods is None else [p & good for p, good in zip(pendings, goods, strict=True)]
-        decays = select(fresh, torch.full((), beta, dtype=dtype, device=ms[0].device), 1.0)
+    dtype, decays = compute_dtype(ms[0], gs[0]), beta
+    flagged = pendings[0] is not None
+    if flagged:
+        fresh = pendings if goods is None else lift(torch.logical_and, pendings, goods)
+        once = torch.full((), beta, dtype=dtype, device=ms[0].device)
+        decays = lift(lambda flag: torch.where(flag, once, 1.0), fresh)
     weight = (1 - beta) / accumulation_steps
     weight = -weight if maximize else weight
     xs = [m.to(dtype) for m in ms]
@@ -32,12 +34,26 @@ def accumulate_all_(
     if goods is None:
         torch._foreach_add_(xs, gs, alpha=weight)
     else:
+        zero = gs[0].new_zeros(())
         for x, g, good in zip(xs, gs, goods, strict=True):
-            x.add_(torch.where(good, g, 0), alpha=weight)
+            x.add_(torch.where(good, g, zero), alpha=weight)
     if xs[0] is not ms[0]:
         torch._foreach_copy_(ms, xs)
-    for i, pending in enumerate(pendings if pendings[0] is not None else ()):
-        pending.fill_(False) if goods is None else pending.logical_and_(~goods[i])
+    if flagged and goods is None:
+        torch._foreach_zero_(pendings)
+    elif flagged:
+        torch._foreach_copy_(pendings, lift(lambda flag, good: flag & ~good, pendings, goods))
+
+
+def shrink_all_(thetas: list[Tensor], goods: list[Tensor], ratio: float, center: float) -> None:
+    """:func:`.update.shrink_` for every tensor."""
+    thetas = [local(theta) for theta in thetas]
+    dtype = compute_dtype(thetas[0])
+    xs, zero = [theta.to(dtype) for theta in thetas], torch.zeros((), dtype=dtype, device=thetas[0].device)
+    weights = lift(lambda good: torch.where(good, zero, 1 - ratio), goods)
+    torch._foreach_lerp_(xs, [zero + center] * len(xs), weights)
+    for theta, x in zip(thetas, xs, strict=True):
+        store_(theta, x, False)
 
 
 def rates(thetas: list[Tensor], lr: float | Tensor, lr_scale: str, rms_floor: float) -> list[float | Tensor]:

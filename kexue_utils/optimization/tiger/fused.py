@@ -13,6 +13,7 @@ beginning with what the reduction has left in the cache.
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
+from operator import is_
 
 import numpy as np
 import torch
@@ -126,6 +127,7 @@ class _Bucket:
         self.states = [state for *_, state in entries]
         self.strides = [theta.stride() for _, _, theta, *_ in entries]
         self.known = [[s[name] for s in self.states] for name in ("m", "pending")]
+        self.found = None
         self._take([g for _, _, _, _, g, _, _ in entries])
         self.sharded = any(map(is_sharded, self.params))
         self.base = np.zeros((len(entries), 10), dtype=np.int64)
@@ -154,23 +156,29 @@ class _Bucket:
         """Whether only values and the addresses of gradients have changed."""
         if state.get(self.params[0]) is not self.states[0] or state.get(self.params[-1]) is not self.states[-1]:
             return False
-        if not all(s["m"] is m and s["pending"] is flag for s, m, flag in zip(self.states, *self.known, strict=True)):
-            return False
+        for name, known in zip(("m", "pending"), self.known, strict=True):
+            if not all(map(is_, [s[name] for s in self.states], known)):
+                return False
         params = [local(p) for p in self.params] if self.sharded else self.params
         if [p.data_ptr() for p in params] != self.addresses:
             return False
         grads = [p.grad for p in self.params]
         if self.sharded:
             grads = [g if g is None else _as(g, p, x) for g, p, x in zip(grads, self.params, params, strict=True)]
-        for g, stride in zip(grads, self.strides, strict=True):
-            if g is not None and (g.is_sparse or g.dtype != self.t_g or g.stride() != stride):
-                return False
-        return self._take(grads)
+        there, strides = grads, self.strides
+        if any(g is None for g in grads):
+            there = [g for g in grads if g is not None]
+            strides = [stride for g, stride in zip(grads, strides, strict=True) if g is not None]
+        if any(g.is_sparse for g in there) or not {g.dtype for g in there} <= {self.t_g}:
+            return False
+        return [g.stride() for g in there] == strides and self._take(grads)
 
     def _take(self, grads):
         """Keep these gradients for the launch; False if they are not aligned as the others were."""
-        self.gradients, self.found = grads, [0 if g is None else g.data_ptr() for g in grads]
-        return not (self.kind[4] and any(address % 16 for address in self.found))
+        found = [0 if g is None else g.data_ptr() for g in grads]
+        fits = found == self.found or not (self.kind[4] and any(address % 16 for address in found))
+        self.gradients, self.found = grads, found
+        return fits
 
     def _upload(self, verdicts):
         """Tables of addresses and of settings, copied where they have changed."""

@@ -51,7 +51,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 def _sum_squares(x: Tensor) -> Tensor:
     # In two stages: the CPU's norm of 10⁸ float32 numbers in one go is 0.6 % too small.
     dtype = compute_dtype(x)
-    if x.ndim < 2:
+    if x.ndim < 2 or torch.compiler.is_compiling():  # the compiler has stages of its own
         return x.to(dtype).square().sum()
     return torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype).square().sum()
 
@@ -83,7 +83,9 @@ def finite(tensors: list[Tensor], nan_only: bool = False) -> list[Tensor]:
     parts = [local(x) for x in tensors]
     if len({x.device for x in parts}) != 1:
         return [finite([x], nan_only)[0] for x in tensors]
-    if parts and parts[0].is_cuda and not torch.compiler.is_compiling() and all(x.numel() for x in parts):
+    if torch.compiler.is_compiling():
+        return [~x.isnan().any() if nan_only else x.isfinite().all() for x in parts]
+    if parts[0].is_cuda and all(x.numel() for x in parts):
         ends = [torch._foreach_norm(parts, float("inf"))]  # NaN propagates
     else:
         ends = zip(*(x.aminmax() if x.numel() else (x.new_zeros(()),) * 2 for x in parts), strict=True)
