@@ -116,6 +116,67 @@ def test_groups_of_every_kind_in_one_launch():
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+def test_a_plan_follows_what_changes():
+    """The step keeps addresses from call to call; whatever moves must be seen."""
+    first, second = (make(torch.float64, shapes=((6, 5), (4,), (3, 4))) for _ in range(2))
+    loop = Tiger(first[:2], lr=1e-2, fused=False, foreach=False)
+    triton = Tiger(second[:2], lr=1e-2, fused=True)
+
+    def step(*missing, transposed=False):
+        step.t += 1
+        for params, optimizer in ((first, loop), (second, triton)):
+            gradients(params, step.t, bad=False)
+            for i in missing:
+                params[i].grad = None
+            if transposed:
+                params[0].grad = params[0].grad.t().contiguous().t()
+            optimizer.step()
+        for p, q in zip(first, second, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+    def both(change):
+        change(loop, first)
+        change(triton, second)
+
+    step.t = 0
+    step(1)  # a parameter that has no state yet
+    plan = triton._plan
+    step(1)
+    assert triton._plan is plan
+    step()
+    assert triton._plan is not plan
+    plan = triton._plan
+    step(0)
+    step(transposed=True)
+    step()
+    both(lambda optimizer, params: optimizer.param_groups[0].update(lr=3e-2, beta=0.5, weight_decay=0.3))
+    plan = triton._plan
+    step()
+    assert triton._plan is plan  # values are no new plan
+    both(lambda optimizer, params: setattr(params[0], "data", params[0].data.clone()))
+    step()
+    both(lambda optimizer, params: optimizer.state[params[0]].update(m=-optimizer.state[params[0]]["m"]))
+    step()
+    both(lambda optimizer, params: optimizer.param_groups[0].update(lr_scale="row_rms"))
+    step()
+    both(lambda optimizer, params: optimizer.add_param_group({"params": params[2:], "lr_scale": "half"}))
+    step()
+    both(lambda optimizer, params: [group.update(accumulation_steps=2) for group in optimizer.param_groups])
+    step()
+    step(1)
+    both(lambda optimizer, params: optimizer.load_state_dict(optimizer.state_dict()))
+    step()
+    both(lambda optimizer, params: optimizer.flush())
+    step()
+    both(lambda optimizer, params: optimizer.state.clear())
+    step()
+    both(lambda optimizer, params: [group.update(nan_policy="raise") for group in optimizer.param_groups])
+    step()
+    second[0].grad = torch.full_like(second[0], float("nan"))
+    with pytest.raises(FloatingPointError):
+        triton.step()
+
+
 def test_unaligned_tensors():
     base = make(torch.float32, shapes=((BIG * 140 + 1,),))[0].data
     first, second = torch.nn.Parameter(base[1:].clone()), torch.nn.Parameter(base[1:])
@@ -239,20 +300,19 @@ def test_a_whole_training_step_is_captured():
     assert loss.item() < 0.9 * first
 
 
-@needs_cuda
 @pytest.mark.parametrize("hooked", [False, True])
-def test_hooks_and_scaler_on_cuda(hooked):
+def test_hooks_and_scaler(hooked):
     torch.manual_seed(0)
-    first = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).cuda().double()
+    first = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)).to(DEVICE).double()
     second = copy.deepcopy(first)
     one = Tiger(first.parameters(), lr=1e-2, accumulation_steps=2, fused=False)
     two = Tiger(second.parameters(), lr=1e-2, accumulation_steps=2, fused=True)
-    scalers = [torch.amp.GradScaler("cuda", init_scale=4.0) for _ in range(2)]
+    scalers = [torch.amp.GradScaler(DEVICE, init_scale=4.0) for _ in range(2)]
     if hooked:
         with pytest.warns(UserWarning, match="norm"):
             two.install_backward_hooks(second)
     for t in range(6):
-        x = torch.randn(8, 16, device="cuda", dtype=torch.float64, generator=torch.Generator("cuda").manual_seed(t))
+        x = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(t)).to(DEVICE)
         if t == 2:
             x[0, 0] = float("nan")
         for model, optimizer, scaler in zip((first, second), (one, two), scalers, strict=True):
