@@ -295,8 +295,12 @@ def test_a_whole_training_step_is_captured():
     first = loss.item()
     for _ in range(30):
         graph.replay()
-    run()  # an eager step between, with other addresses
+    run()  # an eager step between, with other addresses, and a new plan: the graph's tables stay
+    optimizer._plan = None
+    run()
+    other = [torch.full((1 << 12,), -1, device="cuda") for _ in range(200)]  # where freed tables would have been
     graph.replay()
+    assert bool((torch.stack(other) == -1).all())
     assert loss.item() < 0.9 * first
 
 

@@ -195,6 +195,8 @@ class _Bucket:
         if settings != self.content[1] or capturing:
             values = np.array(settings, dtype=np.float64)
             self.setting = self.tables.upload(values, self.device).view(len(self.groups), -1)
+        if capturing:
+            self.tables.captured.append(self)  # the graph reads what this bucket owns
         # What was copied in a capture is not there before the graph runs.
         self.content = [None, None] if capturing else [found, settings]
         for row, group in zip(self.setting, self.groups, strict=True):
