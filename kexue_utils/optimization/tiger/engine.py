@@ -11,7 +11,8 @@ from .foreach import accumulate_all_, lift, rates, shrink_all_, step_all_
 from .reductions import compute_dtype, finite, is_sharded, local
 from .update import accumulate_, rate, shrink_, step_
 
-BUCKET = 1 << 26  # elements that foreach takes at once
+BUCKETS = {"cpu": 1 << 22}  # elements that foreach takes at once, by type of device
+BUCKET = 1 << 26
 
 
 def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scale=None, free=False):
@@ -52,7 +53,7 @@ def consume(group, params, grads, ms, pendings, known, found_inf=None, grad_scal
         rows = [(g != 0).flatten(1).any(1).reshape(p.shape) for g, p in zip(gs, pendings, strict=True)]
         goods = rows if goods is None else [row & good for row, good in zip(rows, goods, strict=True)]
     options = {name: group[name] for name in ("beta", "accumulation_steps", "maximize")}
-    if _is_foreach(group, params) and not free:
+    if group["foreach"] is not False and not free:
         for bucket in _buckets(ms, gs):
             picked = [[x[j] for j in bucket] if x is not None else None for x in (ms, gs, pendings, goods)]
             accumulate_all_(*picked, **options)
@@ -66,7 +67,7 @@ def finish(group, params, ms, pendings, verdicts, shrinks, plain=False, flush=Fa
     """Shrink what had a bad gradient; at the end of a cycle, step what had a good one."""
     policy, last = group["nan_policy"], True if flush else group["micro_step"] == group["accumulation_steps"] - 1
     official, shrinks = policy == "official" and not flush, shrinks and policy in ("shrink", "official")
-    foreach = _is_foreach(group, params)
+    foreach = group["foreach"] is not False
     for bucket in _buckets(params, ms) if foreach else ([i] for i in range(len(params))):
         if official:  # only what has a gradient now
             bucket = [i for i in bucket if isinstance(verdicts[i], Tensor)]
@@ -117,19 +118,13 @@ def advance(group):
         group["micro_step"] = (group["micro_step"] + 1) % group["accumulation_steps"]
 
 
-def _is_foreach(group, params):
-    if group["foreach"] is not None:
-        return group["foreach"]
-    return any(p.is_cuda or is_sharded(p) for p in params)
-
-
 def _buckets(*lists):
     """Indices of tensors that share device and dtypes, few enough that copies of them are no burden."""
     done, found = [], {}
     for i, row in enumerate(zip(*lists, strict=True)):
         key = (row[0].device, *(x.dtype for x in row))
         bucket, size = found.get(key, ([], 0))
-        if bucket and size + row[0].numel() > BUCKET:
+        if bucket and size + row[0].numel() > BUCKETS.get(row[0].device.type, BUCKET):
             done.append(bucket)
             bucket, size = [], 0
         bucket.append(i)

@@ -55,8 +55,9 @@ class Tiger(Optimizer):
     stochastic_rounding: of float16 and bfloat16 parameters   (tiger-rounding)
     maximize: ascend. capturable: the position in the cycle lives on the device, so that one CUDA graph, or one
     compiled graph, serves every micro-batch of a cycle (a compiled step with k = 1 does not need it).
-    foreach, fused: which implementation; fused is one Triton launch a pass for all tensors and the default on CUDA
-    where Triton is. They differ in the last bits of RMS(θ) and m at most.
+    foreach, fused: which implementation. fused is one Triton launch a pass for all tensors, the default on CUDA where
+    Triton is; foreach takes lists of tensors, the default elsewhere; foreach=False is the plain loop, with the fewest
+    temporaries on the CPU. They differ in the last bits of RMS(θ) and m at most.
 
     State: m and one bool a parameter. ``state_dict`` holds the position in the cycle; loading keeps this optimizer's
     momentum_dtype and implementation. A ``GradScaler`` may skip no call: its infinities reject the micro-batch for
