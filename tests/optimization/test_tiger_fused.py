@@ -333,6 +333,8 @@ def test_hooks_and_scaler(hooked):
                 scaler.update(4.0)
         for p, q in zip(first.parameters(), second.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+            if p in one.state:  # a wrong scale would not change a sign
+                torch.testing.assert_close(one.state[p]["m"], two.state[q]["m"], rtol=1e-12, atol=1e-12)
     assert all(p.grad is None for p in second.parameters()) == hooked
 
 
