@@ -1,1 +1,5 @@
 """Chapters on optimization."""
+
+from .tiger import Tiger
+
+__all__ = ["Tiger"]

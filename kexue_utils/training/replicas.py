@@ -97,7 +97,8 @@ def train(replicas, batch, steps, *, evaluate, points=40, checkpoint=None, every
         loss = replicas.losses(*static)
         adam.update(torch.autograd.grad(loss.flatten(1).mean(1).sum(), adam.parameters))
 
-    replay = _captured(step_once, adam) if replicas.device.type == "cuda" else step_once
+    adam.scale.zero_()
+    replay = captured(step_once, adam.first + adam.second) if replicas.device.type == "cuda" else step_once
     thin = max(1, steps // points)
     for step in progress(steps, description, start):
         for buffer, new in zip(static, batch(step), strict=True):
@@ -113,10 +114,9 @@ def train(replicas, batch, steps, *, evaluate, points=40, checkpoint=None, every
     return curve
 
 
-def _captured(step_once, adam):
-    """The step as a CUDA graph; the warm-up runs at learning rate 0 and its traces in Adam's moments are undone."""
-    kept = [t.clone() for t in adam.first + adam.second]
-    adam.scale.zero_()
+def captured(step_once, moments):
+    """The step as a CUDA graph. Set the learning rate to 0 before; what the warm-up leaves in `moments` is undone."""
+    kept = [t.clone() for t in moments]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -126,6 +126,6 @@ def _captured(step_once, adam):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step_once()
-    for moment, old in zip(adam.first + adam.second, kept, strict=True):
+    for moment, old in zip(moments, kept, strict=True):
         moment.copy_(old)
     return graph.replay

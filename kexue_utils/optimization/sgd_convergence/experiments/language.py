@@ -20,7 +20,7 @@ from kexue_utils.optimization.sgd_convergence.schedules import (
 )
 from kexue_utils.training.corpora import pydoc_topics, split_files, standard_library
 from kexue_utils.training.progress import progress
-from kexue_utils.training.replicas import Replicas
+from kexue_utils.training.replicas import Replicas, captured
 from kexue_utils.training.transformer import Transformer
 
 COOLDOWNS = (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -129,22 +129,6 @@ class Steps:
         self.norms.copy_(torch.stack([size, moved.sqrt()]))
 
 
-def _captured(step_once, steps):
-    """The step as a CUDA graph; it is warmed up at rate 0 and the moments are cleared again."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step_once()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step_once()
-    for moment in sum(steps.moments, []):
-        moment.zero_()
-    return graph.replay
-
-
 @torch.no_grad()
 def mean_losses(replicas: Replicas, ids: Tensor, size: int = 64) -> Tensor:
     """Mean loss of every replica on the windows ids (n, L + 1): (P,)."""
@@ -176,7 +160,7 @@ def train(p: dict, rates: list, seeds: list, texts: dict, device, description=No
         loss = replicas.losses(ids)
         steps.update(torch.autograd.grad(loss.flatten(1).mean(1).sum(), steps.parameters))
 
-    replay = _captured(step_once, steps) if device.type == "cuda" else step_once
+    replay = captured(step_once, sum(steps.moments, [])) if device.type == "cuda" else step_once
     curve, distance, thin = [], [], p["T"] // p["points"]
     for t in progress(p["T"], description):
         ids.copy_(data[starts[t][..., None] + span])
