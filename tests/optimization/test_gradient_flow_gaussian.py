@@ -194,6 +194,12 @@ def test_forward_backward_has_no_bias_and_ula_has(h):
     assert S.item() == pytest.approx(2 / (1 - h / 4), rel=1e-12)
 
 
+@pytest.mark.parametrize(("h", "variance"), [(2.0, 2.0), (2.5, 10 / 3), (3.0, 6.0)])
+def test_forward_backward_has_a_bias_beyond_the_least_variance(h, variance):
+    _, S = repeat(T1.fb_step, M1, S1, 400, h)
+    assert S.item() == pytest.approx(variance, rel=1e-9)
+
+
 def test_stationary_covariances_of_three_dimensions():
     target, m, S = case(7)
     h = 0.5 / torch.linalg.eigvalsh(target.A).max().item()

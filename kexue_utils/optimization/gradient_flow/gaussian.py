@@ -109,7 +109,9 @@ class GaussianTarget:
     def fb_step(self, m: ArrayLike, S: ArrayLike, h: float) -> tuple[Tensor, Tensor]:
         """Forward step on V, JKO step on the entropy: S̃ = (I−hA)S(I−hA), S' = ½(S̃ + 2hI + (S̃(S̃+4hI))^½)   (gf-split)
 
-        Its fixed point is p itself, for every h < 2/λ_max(A). Raises ValueError for h ≤ 0.
+        Its fixed point is p itself for h ≤ 1/λ_max(A). Beyond, the forward step carries points over the mean: the fixed
+        point is another law, in one dimension of variance hσ²/(2σ²−h), and from 2/λ_max(A) on there is none. Raises
+        ValueError for h ≤ 0.
         """
         require_positive(h=h)
         m, S = self._forward(m, S, h)
