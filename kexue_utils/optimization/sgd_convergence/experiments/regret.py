@@ -18,7 +18,7 @@ from kexue_utils.optimization.sgd_convergence.hindsight import hindsight_optimum
 from kexue_utils.optimization.sgd_convergence.problems import Hinge, LeastAbsolute, Logistic
 from kexue_utils.optimization.sgd_convergence.rates import fit_rate
 from kexue_utils.optimization.sgd_convergence.schedules import constant, inv_sqrt
-from kexue_utils.training.intervals import t_interval
+from kexue_utils.training.intervals import interval
 from kexue_utils.training.progress import progress
 from kexue_utils.training.recorder import Experiment
 
@@ -164,10 +164,6 @@ def _units(smoke):
     return {name: base | unit for name, unit in units.items()}
 
 
-def _interval(values):
-    return dict(zip(("mean", "low", "high"), t_interval(values), strict=True))
-
-
 def _rate(runs):
     """Slope of log regret against log T: of the means over all seeds, with its standard error, and seed by seed."""
     lengths = sorted(runs[0]["rate"], key=int)
@@ -179,14 +175,14 @@ def _rate(runs):
     spread = [math.hypot(*column) / len(runs) for column in zip(*errors, strict=True)]
     slope, se = fit_rate(T, pooled, spread)
     slopes = [fit_rate(T, *pair)[0] for pair in zip(means, errors, strict=True)]
-    return {"T": T, "regret": pooled, "regret se": spread, "slope": slope, "se": se, "seeds": _interval(slopes)}
+    return {"T": T, "regret": pooled, "regret se": spread, "slope": slope, "se": se, "seeds": interval(slopes)}
 
 
 def _spread(distributions, runs):
     median = LEVELS.index(0.5)
     return {
-        "median": _interval([found["quantiles"][median] for found in distributions]),
-        "mean": _interval([found["mean"] for found in distributions]),
+        "median": interval([found["quantiles"][median] for found in distributions]),
+        "mean": interval([found["mean"] for found in distributions]),
         "largest": max(found["quantiles"][-1] for found in distributions),
         "smallest": min(found["quantiles"][0] for found in distributions),
         "above 1": sum(found["above 1"] for found in distributions),

@@ -11,7 +11,7 @@ import torch
 
 from kexue_utils.optimization.sgd_convergence.experiments.language import SCHEDULES, corpus, shape, train
 from kexue_utils.optimization.sgd_convergence.experiments.ranking import compare, drop, fit, parts
-from kexue_utils.training.intervals import t_interval
+from kexue_utils.training.intervals import interval
 from kexue_utils.training.recorder import Experiment
 
 TUNING_SEEDS = [1000, 1001]  # tell the best peak, and are none of the recorded seeds
@@ -108,10 +108,6 @@ def _units(optimizer, smoke):
     return {name: {"schedule": name} | base for name in names}
 
 
-def _interval(values):
-    return dict(zip(("mean", "low", "high"), t_interval(values), strict=True))
-
-
 def _constants(unit):
     """D, G and the floor, once for all schedules: one least squares fit to the followed losses of the constant
     schedule's tuning runs, at peaks within the factor `fit within` of the best, from the share `fit from` of the steps
@@ -140,8 +136,8 @@ def _cooldown(unit, curve_of_bound):
     bound = drop(points, curve_of_bound, start)
     shape = np.mean([one["shape"] for one in measured], 0)
     return {
-        "size": _interval([one["size"] for one in measured]), "bound size": bound["size"],
-        "half": _interval([one["half"] for one in measured]), "bound half": bound["half"],
+        "size": interval([one["size"] for one in measured]), "bound size": bound["size"],
+        "half": interval([one["half"] for one in measured]), "bound half": bound["half"],
         "done": bound["done"], "shape": shape.tolist(), "bound shape": bound["shape"],
         "shapes differ by": float(np.sqrt(np.mean((shape - np.array(bound["shape"])) ** 2))),
     }  # fmt: skip
@@ -159,16 +155,16 @@ def _conclude(units):
         curve = constants["floor"] + D2 * A / rate + G2 * B * rate
         rates = [one["rate"] for one in tried]
         rows[name] = {
-            "test": _interval([run["test"] for run in runs]), "tests": [run["test"] for run in runs], "rate": rate,
+            "test": interval([run["test"] for run in runs]), "tests": [run["test"] for run in runs], "rate": rate,
             "rate inside the grid": min(rates) < rate < max(rates), "rates tried": len(rates),
             "bound": curve[-1], "bound curve": curve[SPARSE - 1 :: SPARSE].tolist(),
             "tuned bound over DG": 2 * (A[-1] * B[-1]) ** 0.5,
             "tuned rate by the bound": (D2 * A[-1] / (G2 * B[-1])) ** 0.5 if G2 else None,
-            "distance": _interval([run["distance"][-1] for run in runs]),
-            "gradient max/median": _interval([run["gradient"]["max"] / run["gradient"]["median"] for run in runs]),
-            "direction max/median": _interval([run["direction"]["max"] / run["direction"]["median"] for run in runs]),
-            "gradient": _interval([run["gradient"]["root mean square"] for run in runs]),
-            "direction": _interval([run["direction"]["root mean square"] for run in runs]),
+            "distance": interval([run["distance"][-1] for run in runs]),
+            "gradient max/median": interval([run["gradient"]["max"] / run["gradient"]["median"] for run in runs]),
+            "direction max/median": interval([run["direction"]["max"] / run["direction"]["median"] for run in runs]),
+            "gradient": interval([run["gradient"]["root mean square"] for run in runs]),
+            "direction": interval([run["direction"]["root mean square"] for run in runs]),
         }  # fmt: skip
         if name.startswith("cooldown"):
             drops[name] = _cooldown(unit, curve)
