@@ -1,9 +1,11 @@
 """The optimizer around the rule: paths that agree, state, errors, hooks, scaler, lazy rows, compilation."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -486,6 +488,21 @@ def test_backward_hooks(k, reentrant):
     two.remove_backward_hooks()
     hooked(ids).sum().backward()
     assert hooked.inner.weight.grad is not None
+
+
+@pytest.mark.filterwarnings("ignore:backward hooks free")
+def test_hooks_keep_nothing_alive():
+    def train():
+        model = torch.nn.Linear(3, 2)
+        optimizer = Tiger(model.parameters())
+        optimizer.install_backward_hooks(model)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return weakref.ref(model.weight), weakref.ref(optimizer)
+
+    gone = train()
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None]
 
 
 def test_hooks_that_cannot_be():

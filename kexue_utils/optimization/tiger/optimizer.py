@@ -5,6 +5,7 @@ official code https://github.com/bojone/tiger
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -265,11 +266,18 @@ class Tiger(Optimizer):
         warnings.warn(
             "backward hooks free the gradients: clipping them by their global norm has no effect", stacklevel=2
         )
+        # The garbage collector does not see what a parameter's hooks hold: a strong reference would keep both for ever.
+        this = weakref.ref(self)
+
+        def hook(p):
+            if (optimizer := this()) is not None:
+                optimizer._consume_hook(p)
+
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 self._groups_of[p] = index
                 if p.requires_grad:
-                    self._handles.append(p.register_post_accumulate_grad_hook(self._consume_hook))
+                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
 
     def remove_backward_hooks(self) -> None:
         """Undo :meth:`install_backward_hooks`."""
