@@ -61,6 +61,24 @@ def test_resampling_is_over_seeds_and_not_over_cells():
     assert (narrow.high - narrow.low) == pytest.approx((wide.high - wide.low) / 2, rel=0.2)
 
 
+def shared(width, etas_A, etas_B, seeds):
+    """Bowls whose centres a seed moves by as much at every width."""
+    return np.concatenate([planted(noise=1.0)(32, etas_A * width / 32, etas_B, [seed]) for seed in seeds])
+
+
+def test_joint_resamples_see_what_a_seed_has_in_common_at_all_widths():
+    result = width_sweep(shared, WIDTHS, ETAS, ETAS, range(8))
+    apart, joint = (result.slope_ci(joint=j)["eta_A"] for j in (False, True))
+    assert apart.slope == joint.slope == pytest.approx(-1, abs=0.02)
+    assert joint.high - joint.low < 0.02 and apart.high - apart.low > 0.2
+    own = width_sweep(planted(noise=1.0), WIDTHS, ETAS, ETAS, range(8))  # where nothing is shared, about the same
+    apart, joint = (own.slope_ci(joint=j)["eta_A"] for j in (False, True))
+    assert joint.high - joint.low == pytest.approx(apart.high - apart.low, rel=0.5)
+    uneven = {w: (ETAS, ETAS, shared(w, ETAS, ETAS, range(k))) for w, k in ((32, 3), (64, 2))}
+    with pytest.raises(ValueError, match=r"joint needs as many seeds at every width, got \[3, 2\]"):
+        SweepResult(uneven).slope_ci(joint=True)
+
+
 def test_soft_argmin_is_the_weighted_mean_that_it_says():
     losses = np.full((1, 3, 4), np.inf)
     losses[0, 1, 1], losses[0, 1, 2] = 1.0, np.exp(0.3)
@@ -137,7 +155,9 @@ GOOD = np.ones((2, 13, 13))
         ),
         (lambda: SweepResult({32: (ETAS, ETAS, 0 * GOOD)}), "losses must be positive, got 0"),
         (lambda: SweepResult({}), "grids must be by positive widths"),
-        (lambda: SweepResult({32: (ETAS, ETAS, GOOD)}, 0), "temperature must be positive, got 0"),
+        (lambda: SweepResult({32: (ETAS, ETAS, GOOD)}, 0), "temperature must be positive and finite, got 0"),
+        (lambda: soft_argmin(GOOD, ETAS, ETAS, np.inf), "temperature must be positive and finite, got inf"),
+        (lambda: soft_argmin(GOOD[:0], ETAS, ETAS), "losses must be of at least one seed"),
         (lambda: SweepResult({32: (ETAS, ETAS, GOOD)}).slope_ci(), "at least 2 widths"),
         (lambda: width_sweep(planted(), [32, 64], ETAS, ETAS, [0]).slope_ci(), "at least 2 seeds"),
         (
