@@ -278,6 +278,8 @@ def test_every_trainable_parameter_has_one_rate():
     for name, (group, lr, decay) in expected.items():
         assert (found[name]["name"], found[name]["lr"], found[name]["weight_decay"]) == (group, lr, decay)
     assert rates(model)["head.weight"]["name"] == "lora_A"
+    model.scale, model.kernel = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(2, 2, 2))
+    assert [rates(model)[name]["name"] for name in ("scale", "kernel")] == ["lora_A", "lora_A"]  # not one dimension
     assert [g["name"] for g in loraplus_param_groups(adapted(), 1e-3, 16)] == ["lora_A", "lora_B"]
 
 
