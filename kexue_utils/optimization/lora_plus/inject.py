@@ -221,7 +221,8 @@ def loraplus_param_groups(model: nn.Module, lr: float, ratio: float, *, weight_d
 
     - ``lora_A``           lr: the factors at the input, and all other trainables unless extra_lr is given
     - ``lora_B``           lr·ratio: the factors at the output
-    - ``lora_B_no_decay``  lr·ratio, no weight decay: everything with one dimension, as in the paper's code
+    - ``lora_B_no_decay``  lr·ratio, no weight decay: everything with one dimension (the paper's code and peft
+      give it the same rate, but spare only biases and LayerNorms the decay)
     - ``embedding``        embedding_lr: weights of embeddings and of peft's adapters on them
     - ``extra``            extra_lr: other trainables, such as a new head
 
