@@ -98,7 +98,6 @@ class Trial:
 
     def verdict(self, watch, mutation):
         """Rejected, survived, or did not run; ``mutation()``: a context that may give a change of the right side."""
-        watch.count = 0
         try:
             with silence(), limit(SECONDS, "out of time"), watch.on(), mutation() as change:
                 return SURVIVED if self.survives(change) else REJECTED

@@ -40,12 +40,13 @@ class Watch:
     def watched(self, frame):
         return self.of_library(frame) or frame.f_globals is self.globals
 
-    def __call__(self, frame, event, argument):
+    def record(self, frame, event, argument):
+        """The tracer of the check as it is."""
         if not self.watched(frame):
             return None
         code = frame.f_code
         self.called[id(code)] = code
-        if self.fuel is None and id(code) not in self.inside and (site := self.site(frame)):
+        if id(code) not in self.inside and (site := self.site(frame)):
             self.direct.setdefault(id(code), (code, frame.f_globals, set()))[2].add(site)
         lines = self.lines.setdefault(code.co_filename, set())
 
@@ -53,12 +54,30 @@ class Watch:
             if event == "line":
                 lines.add(frame.f_lineno)
                 self.count += 1
-                if self.fuel is not None and self.count > self.fuel:
-                    raise Exhausted
             return local
 
         lines.add(frame.f_lineno)
         return local
+
+    def burn(self):
+        """The tracer of its mutants. Every call of anything goes through it, a symbolic check makes millions: brief."""
+        library, space, fuel, count = self.library, self.globals, self.fuel, 0
+
+        def local(frame, event, argument):
+            nonlocal count
+            if event == "line":
+                count += 1
+                if count > fuel:
+                    raise Exhausted
+            return local
+
+        def trace(frame, event, argument):
+            watched = library.get(frame.f_code.co_filename)
+            if watched or frame.f_globals is space or watched is None and self.of_library(frame):
+                return local
+            return None
+
+        return trace
 
     def site(self, frame):
         """Where the check called this: itself, through code that is not watched (torch), or a notebook's helper.
@@ -79,7 +98,7 @@ class Watch:
     @contextmanager
     def on(self):
         before = sys.gettrace()  # a debugger's or coverage's: put back afterwards
-        sys.settrace(self)
+        sys.settrace(self.record if self.fuel is None else self.burn())
         try:
             yield
         finally:
