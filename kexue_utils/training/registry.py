@@ -10,6 +10,7 @@ _FLOW = "kexue_utils.optimization.gradient_flow.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "lora_finetune": f"{_LORA}:FINETUNE",
+    "lora_tiger": f"{_LORA}:TIGER",
     "lora_widths": f"{_LORA}:WIDTHS",
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
@@ -29,7 +30,7 @@ EXPERIMENTS = {
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"lora_finetune"}
+WAITING = {"lora_finetune", "lora_tiger"}
 
 
 def experiment(name):
