@@ -1,4 +1,4 @@
-"""Recorded run: the two learning rates of LoRA under Tiger, whose step is in proportion to RMS(θ), at widths 64 to 4096.
+"""Recorded run: the two learning rates of LoRA under Tiger, whose step is in proportion to RMS(θ), widths 64 to 4096.
 
 At LeCun scales RMS(B)/RMS(A) = √(n/r): the rule has a ratio of √n built in. So the best *extra* ratio α_B/α_A does not
 depend on the width if √n is right, and grows like √n if n is. As a control, the same without the rule.

@@ -1,0 +1,5 @@
+"""Recorded runs of the chapter."""
+
+from .memory import MEMORY
+
+__all__ = ["MEMORY"]
