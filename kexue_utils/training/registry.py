@@ -26,13 +26,14 @@ EXPERIMENTS = {
     "schedules_text": f"{_SGD}:ADAMW",
     "schedules_text_sgd": f"{_SGD}:SGD",
     "tiger_memory": f"{_TIGER}:MEMORY",
+    "tiger_ranks": f"{_TIGER}:RANKS",
     "edge_of_stability": f"{_FLOW}:EDGE",
     "langevin_bias": f"{_FLOW}:BIAS",
     "score_flow": f"{_FLOW}:SCORE",
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"lora_finetune", "lora_tiger", "tiger_memory"}
+WAITING = {"lora_finetune", "lora_tiger", "tiger_memory", "tiger_ranks"}
 
 
 def experiment(name):

@@ -38,8 +38,8 @@ def test_the_count_by_hand_is_what_lives(method, change):
 
 
 def test_saved_bytes_grow_with_the_micro_batch_and_not_with_the_parameters():
-    one, two, three = (memory.saved_bytes(SMALL | {"batch": batch}) for batch in (1, 2, 3))
-    assert three - two == two - one > one / 2  # the rest, positions, is the same for every batch
+    two, three, four = (memory.saved_bytes(SMALL | {"batch": batch}) for batch in (2, 3, 4))
+    assert four - three == three - two > 0.95 * two / 2  # the rest, positions, is the same for every batch
 
 
 def test_lion_is_its_definition_and_with_equal_betas_tiger():
