@@ -1,9 +1,11 @@
 """The optimizer around the rule: paths that agree, state, errors, hooks, scaler, lazy rows, compilation."""
 
 import copy
+import gc
 import io
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -486,6 +488,24 @@ def test_backward_hooks(k, reentrant):
     two.remove_backward_hooks()
     hooked(ids).sum().backward()
     assert hooked.inner.weight.grad is not None
+
+
+def test_hooks_keep_neither_model_nor_optimizer_alive():
+    model = torch.nn.Linear(3, 3)
+    optimizer = Tiger(model.parameters())
+    with pytest.warns(UserWarning):
+        optimizer.install_backward_hooks(model)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    alive = weakref.ref(model.weight), weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert alive[1]() is None
+    model(torch.ones(1, 3)).sum().backward()  # gradients are the caller's again
+    assert model.weight.grad is not None
+    del model
+    gc.collect()
+    assert alive[0]() is None
 
 
 def test_hooks_that_cannot_be():

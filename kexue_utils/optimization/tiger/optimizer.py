@@ -5,6 +5,7 @@ official code https://github.com/bojone/tiger
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -261,11 +262,20 @@ class Tiger(Optimizer):
         warnings.warn(
             "backward hooks free the gradients: clipping them by their global norm has no effect", stacklevel=2
         )
+        # The garbage collector does not see that a parameter holds its hooks: with a strong reference here, model and
+        # optimizer would keep each other alive for ever.
+        consume_hook = weakref.WeakMethod(self._consume_hook)
+
+        def hook(p):
+            consume_now = consume_hook()
+            if consume_now is not None:
+                consume_now(p)
+
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
                 self._groups_of[p] = index
                 if p.requires_grad:
-                    self._handles.append(p.register_post_accumulate_grad_hook(self._consume_hook))
+                    self._handles.append(p.register_post_accumulate_grad_hook(hook))
 
     def remove_backward_hooks(self) -> None:
         """Undo :meth:`install_backward_hooks`."""
