@@ -32,6 +32,7 @@ serve: book  ## show the book on localhost (PORT=8000)
 test: $(VENV)/.all  ## everything that must hold before a change is merged
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m pytest --numprocesses auto --dist loadfile --nbval notebooks tests
+	@TRITON_INTERPRET=1 $(PY) -m pytest --numprocesses auto tests/optimization/test_tiger_fused.py  # no GPU needed
 
 notebooks: $(VENV)/.all  ## execute the texts (ONLY=part/slug) and store them as notebooks
 	@$(PY) -m tools.notebooks run $(ONLY)

@@ -345,7 +345,8 @@ def test_compiled_step_agrees():
     lr = torch.tensor(1e-2, device=DEVICE, dtype=torch.float64)
     compiled = Tiger(params, lr=lr, accumulation_steps=2, capturable=True)
     eager = Tiger(plain, lr=1e-2, accumulation_steps=2, fused=True)
-    step = torch.compile(compiled.step)
+    # Reordering loops fails in the compiler of torch 2.11: https://github.com/pytorch/pytorch/issues/176591
+    step = torch.compile(compiled.step, options={"loop_ordering_after_fusion": False})
     for t in range(4):
         gradients(params, t, bad=False)
         gradients(plain, t, bad=False)

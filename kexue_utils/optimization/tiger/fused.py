@@ -163,15 +163,11 @@ class _Bucket:
         if [p.data_ptr() for p in params] != self.addresses:
             return False
         grads = [p.grad for p in self.params]
-        if self.sharded:
-            grads = [g if g is None else _as(g, p, x) for g, p, x in zip(grads, self.params, params, strict=True)]
-        there, strides = grads, self.strides
-        if any(g is None for g in grads):
-            there = [g for g in grads if g is not None]
-            strides = [stride for g, stride in zip(grads, strides, strict=True) if g is not None]
-        if any(g.is_sparse for g in there) or not {g.dtype for g in there} <= {self.t_g}:
+        if any(g is not None and (g.is_sparse or g.dtype != self.t_g) for g in grads):
             return False
-        return [g.stride() for g in there] == strides and self._take(grads)
+        if self.sharded or [g if g is None else g.stride() for g in grads] != self.strides:
+            grads = [g if g is None else _as(g, p, x) for g, p, x in zip(grads, self.params, params, strict=True)]
+        return self._take(grads)
 
     def _take(self, grads):
         """Keep these gradients for the launch; False if they are not aligned as the others were."""

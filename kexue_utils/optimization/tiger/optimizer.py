@@ -181,21 +181,25 @@ class Tiger(Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if self._handles and found_inf is not None:
             raise RuntimeError("a GradScaler needs the gradients that the backward hooks consumed; remove the hooks")
-        if self._plan is not None and self._plan.prepare(self.param_groups, self.state, self._verdicts):
+        # A compiled step takes the lists of tensors: the compiler fuses them itself.
+        plan, compiling = self._plan, torch.compiler.is_compiling()
+        if compiling or plan is None or not plan.prepare(self.param_groups, self.state, self._verdicts):
+            self._check(found_inf)
+            batches = self._step_groups(found_inf, grad_scale)
+            if not compiling:
+                self._plan = plan = fused_kernels.Plan(batches, self._tables) if batches else None
+        else:
             for group in self.param_groups:
                 self._check_cycle(group)
-        else:
-            self._check(found_inf)
-            self._step_eager_groups(found_inf, grad_scale)
-        if self._plan is not None:
-            self._plan.launch(self._verdicts, found_inf, grad_scale)
-            for group in self._plan.groups:
+        if not compiling and plan is not None:
+            plan.launch(self._verdicts, found_inf, grad_scale)
+            for group in plan.groups:
                 advance(group)
         self._verdicts.clear()
         return loss
 
-    def _step_eager_groups(self, found_inf, grad_scale):
-        """Step the groups that are not for the kernels; plan the others."""
+    def _step_groups(self, found_inf, grad_scale):
+        """Step the groups that are not for the kernels; what the kernels need for the others."""
         batches = []
         for group in self.param_groups:
             params, grads, ms, pendings = [], [], [], []
@@ -209,7 +213,7 @@ class Tiger(Optimizer):
                 verdicts, plain = consume(group, params, grads, ms, pendings, self._verdicts, found_inf, grad_scale)
                 finish(group, params, ms, pendings, verdicts, found_inf is None, plain)
             advance(group)
-        self._plan = fused_kernels.Plan(batches, self._tables) if batches else None
+        return batches
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -262,14 +266,12 @@ class Tiger(Optimizer):
         warnings.warn(
             "backward hooks free the gradients: clipping them by their global norm has no effect", stacklevel=2
         )
-        # The garbage collector does not see that a parameter holds its hooks: with a strong reference here, model and
-        # optimizer would keep each other alive for ever.
-        consume_hook = weakref.WeakMethod(self._consume_hook)
+        # The garbage collector does not see what a parameter's hooks hold: a strong reference would keep both for ever.
+        this = weakref.ref(self)
 
         def hook(p):
-            consume_now = consume_hook()
-            if consume_now is not None:
-                consume_now(p)
+            if (optimizer := this()) is not None:
+                optimizer._consume_hook(p)
 
         for index, group in enumerate(self.param_groups):
             for p in group["params"]:
