@@ -37,12 +37,14 @@ def test_the_comparison_counts_signs_and_distances():
     other = {"first": start + torch.tensor([1.0, -1.0, 1.0, 1.0]), "last": start + 1.5, "loss": 2.0}
     found = ranks.compare(other | {"calls": 3, "bytes": 5}, one, start)
     assert found["signs that differ"] == 0.5 and found["largest difference after step 1"] == 2
+    assert found["loss over one process"] == 1.0
     assert found["distance at the end"] == 0.5 and (found["loss"], found["calls"], found["bytes"]) == (2.0, 3, 5)
 
 
 def planted(dtype, **changes):
-    way = {"loss": 1.0, "calls": 4, "bytes": 1600, "signs that differ": 0.0, "largest difference after step 1": 0.0,
-           "distance at the end": 0.0}  # fmt: skip
+    way = {"loss": 1.0, "calls": 4, "bytes": 1600}
+    way |= dict.fromkeys(("loss over one process", "signs that differ", "distance at the end"), 0.0)
+    way["largest difference after step 1"] = 0.0
     runs = [{mode: way | {"loss": 1.0 + seed / 100} for mode in ranks.MODES} | {"parameters": 100} for seed in (0, 1)]
     runs[1][ranks.MOMENTUM] |= {"bytes": 400} | changes
     runs[0][ranks.MOMENTUM] |= {"bytes": 400}
@@ -54,7 +56,7 @@ def planted(dtype, **changes):
     [
         ("float32", {}, [True, True]),
         ("float32", {"signs that differ": 2e-4}, [False, True]),
-        ("float32", {"loss": 1.02}, [True, False]),
+        ("float32", {"loss over one process": -0.01}, [True, False]),
         ("float64", {}, [True]),
         ("float64", {"signs that differ": 1e-9}, [False]),
         ("float64", {"largest difference after step 1": 1e-12}, [False]),
