@@ -5,7 +5,7 @@ Tolerances live here and nowhere else.
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from fractions import Fraction
 from numbers import Integral, Number, Rational
 from statistics import NormalDist
@@ -212,7 +212,7 @@ def frozen(side):
     if isinstance(side, (Mean, Slope)):
         return repr(vars(side))
     if is_sympy(side):
-        return str(side)
+        return side if isinstance(side, Hashable) else str(side)
     array = to_array(side)
     return tuple(map(repr, array.flat)) if array.dtype == object else (array.shape, array.tobytes())
 

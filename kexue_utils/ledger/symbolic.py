@@ -4,11 +4,13 @@ import mpmath
 import numpy as np
 import sympy as sp
 from sympy.core.function import AppliedUndef
+from sympy.printing.pycode import MpmathPrinter
 
 from .errors import Refused
 
 POINTS, DIGITS = 32, 40
 RELATIVE, ABSOLUTE = mpmath.mpf("1e-20"), mpmath.mpf("1e-35")
+PRINTED = {"fully_qualified_modules": False, "inline": True, "allow_unknown_functions": True, "order": "none"}
 LADDER = {
     "expand": sp.expand,
     "simplify": lambda e: sp.simplify(e.doit()),
@@ -85,7 +87,9 @@ def agree(left, right, rng):
     if any(e.has(sp.nan, sp.zoo, sp.oo, -sp.oo) and not e.has(sp.Integral, sp.Sum) for e in flat):
         return False
     symbols = sorted({s for e in flat for s in e.free_symbols}, key=lambda s: s.sort_key())
-    evaluate = sp.lambdify(symbols, flat, modules="mpmath")
+    # No docstring and no ordered terms: printing them is most of what lambdify takes.
+    printer = MpmathPrinter(PRINTED)
+    evaluate = sp.lambdify(symbols, flat, modules="mpmath", printer=printer, docstring_limit=0)
 
     def apart(point, digits):
         """Does some pair differ there? None where a side is not defined."""

@@ -143,6 +143,11 @@ def test_feature_changes_scale_as_width_constant_and_width():
     X, D, A, B = regime(9, 7, 3, 1, False)
     G_A, _ = lora_gradients(X, D, A, B)
     assert_close(X @ G_A.sign(), X.abs().sum(-1, keepdim=True) * (D @ B.mT).sign())
+    X, D, A, B = regime(9, 7, 3, 4, False)  # several examples: means over them too
+    G_A, G_B = lora_gradients(X, D, A, B)
+    moved = X @ G_A.sign(), X @ A @ G_B.sign(), X @ G_A.sign() @ B
+    for found, change in zip(feature_changes(X, D, A, B), moved, strict=True):
+        assert_close(found, change.abs().mean((-2, -1)))
 
 
 def test_batches_of_one_step_add_up():
@@ -175,6 +180,10 @@ def test_watching_a_model_gives_the_norms_of_its_gradients():
         assert_close(found.l1_A, layer.lora_A.grad.abs().sum())
         assert_close(found.l1_B, layer.lora_B.grad.abs().sum())
         assert 0 < found.coherence < 2
+    layer = model.get_submodule("0")
+    with watch_contributions(layer) as named:
+        layer(x=x).sum().backward()
+    assert_close(named[""].result().l1_A, contribution(layer, x, torch.ones(4, 5, 8, dtype=x.dtype)).l1_A)
     before = copy.deepcopy(meters["0"].total)
     model(x).sum().backward()
     assert torch.equal(meters["0"].total, before)  # the hooks are gone

@@ -112,8 +112,9 @@ def test_rescaling_by_a_power_of_two_leaves_the_path_of_sign_updates_unchanged()
     *_, eta_A, eta_B = rescaled(A, B, 0.25, 0.125, 4.0)
     assert eta_B / eta_A == 16 * 0.125 / 0.25
     assert not torch.equal(path(A, B, eta_A, eta_B), expected)
-    with pytest.raises(ValueError, match="c must be positive, got 0"):
-        rescaled(A, B, 1, 1, 0)
+    for c in (0, float("inf")):
+        with pytest.raises(ValueError, match=f"c must be positive and finite, got {c}"):
+            rescaled(A, B, 1, 1, c)
 
 
 def test_factors_that_do_not_fit_are_named():

@@ -171,6 +171,47 @@ def test_nothing_is_merged_if_one_cannot_be():
     assert not layer.merged
 
 
+def halves():
+    """Two linear layers in 16 bits, both trained."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).half()
+
+
+def test_a_start_that_would_overflow_leaves_layer_and_model_alone():
+    base = halves()[0]
+    weight = base.weight.detach().clone()
+    with pytest.raises(ValueError, match="must be finite in torch.float16"):
+        LoRALinear.wrap(base, 2, alpha=1e9, init="both")
+    assert torch.equal(base.weight, weight) and base.weight.requires_grad
+    model = halves()
+    model[0].float()  # the first layer can begin there, the second can't
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="module '1': the weight with its adapter must be finite in torch.float16"):
+        inject_lora(model, lambda name, module: True, 2, alpha=1e9, init="both")
+    assert same(model, before) and all(type(m) is nn.Linear and m.weight.requires_grad for m in model)
+    model = halves()
+    inject_lora(model, lambda name, module: True, 2, init="both")
+    before, sd = snapshot(model), {name: 2 * p for name, p in lora_state_dict(model).items()}
+    sd["1.start_A"] = 1e6 * sd["1.start_A"]
+    with pytest.raises(ValueError, match="module '1': the weight with its adapter must be finite"):
+        load_lora_state_dict(model, sd)
+    assert same(model, before)
+
+
+def test_a_weight_that_two_modules_have_is_not_changed():
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False), nn.Embedding(4, 4))
+    model[1].weight = model[2].weight
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="module '1': init='both' must not change a weight that another module has"):
+        inject_lora(model, lambda name, module: True, 2, init="both")
+    assert same(model, before) and type(model[0]) is nn.Linear
+    inject_lora(model, lambda name, module: True, 2, init="B")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="module '1': its weight must not belong to another module too"):
+        merge_lora(model, exact=True)
+    assert same(model, before) and not model[0].merged
+
+
 @pytest.mark.parametrize("init", ["A", "both"])
 def test_factors_move_to_another_model_of_the_same_weights(init):
     model, other = adapted(init), adapted(init, moved=False)
@@ -237,6 +278,8 @@ def test_every_trainable_parameter_has_one_rate():
     for name, (group, lr, decay) in expected.items():
         assert (found[name]["name"], found[name]["lr"], found[name]["weight_decay"]) == (group, lr, decay)
     assert rates(model)["head.weight"]["name"] == "lora_A"
+    model.scale, model.kernel = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.ones(2, 2, 2))
+    assert [rates(model)[name]["name"] for name in ("scale", "kernel")] == ["lora_A", "lora_A"]  # not one dimension
     assert [g["name"] for g in loraplus_param_groups(adapted(), 1e-3, 16)] == ["lora_A", "lora_B"]
 
 

@@ -265,8 +265,12 @@ def test_a_base_of_another_kind_and_factors_of_another_shape_are_refused():
     with pytest.raises(TypeError, match="NonDynamicallyQuantizableLinear"):
         LoRALinear.wrap(nn.MultiheadAttention(8, 2).out_proj, 2)
     base = nn.Linear(12, 10)
-    with pytest.raises(ValueError, match=r"must be \(r, 12\) and \(10, r\), got \(12, 3\) and \(10, 3\)"):
+    with pytest.raises(ValueError, match=r"must be \(r, 12\) and \(10, r\) with r > 0, got \(12, 3\) and"):
         LoRALinear(base, torch.zeros(12, 3), torch.zeros(10, 3))
+    with pytest.raises(ValueError, match=r"with r > 0, got \(0, 12\) and \(10, 0\)"):
+        LoRALinear(base, torch.zeros(0, 12), torch.zeros(10, 0))
+    with pytest.raises(ValueError, match="scaling must be finite, got nan"):
+        LoRALinear(base, torch.zeros(3, 12), torch.zeros(10, 3), float("nan"))
     assert base.weight.requires_grad
 
 

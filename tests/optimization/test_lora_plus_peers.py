@@ -119,6 +119,18 @@ def test_every_parameter_has_the_rate_that_peft_gives_it():
     assert len(rates(ours, theirs)) == 7
 
 
+def test_other_vectors_have_pefts_rate_and_no_decay():
+    theirs = get_peft_model(Model(), LoraConfig(r=3, target_modules=["fc"], use_dora=True))
+    optimizer = create_loraplus_optimizer(
+        theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.0, loraplus_weight_decay=0.05
+    )
+    found = rates(loraplus_param_groups(theirs, 1e-3, 8.0, weight_decay=0.05), theirs)
+    expected = rates(optimizer.param_groups, theirs)
+    (magnitude,) = (name for name in found if "magnitude" in name)
+    assert found.pop(magnitude) == (0.008, 0.0) and expected.pop(magnitude) == (0.008, 0.05)
+    assert found == expected
+
+
 def test_adapters_on_embeddings_have_the_rate_of_embeddings():
     theirs = get_peft_model(Model(), LoraConfig(r=3, target_modules=["fc", "embed"]))
     optimizer = create_loraplus_optimizer(

@@ -58,7 +58,39 @@ def test_resampling_is_over_seeds_and_not_over_cells():
     )
     narrow, wide = (r.slope_ci()["eta_A"] for r in (doubled, result))
     assert narrow.slope == pytest.approx(wide.slope)
+    usual, short = (result.slope_ci(level=level, draws=4000)["eta_A"] for level in (0.95, 0.6827))
+    assert (usual.high - usual.low) / (short.high - short.low) == pytest.approx(1.96, rel=0.1)  # as for a normal law
     assert (narrow.high - narrow.low) == pytest.approx((wide.high - wide.low) / 2, rel=0.2)
+
+
+def shared(width, etas_A, etas_B, seeds):
+    """Bowls whose centres a seed moves by as much at every width."""
+    return np.concatenate([planted(noise=1.0)(32, etas_A * width / 32, etas_B, [seed]) for seed in seeds])
+
+
+def test_joint_resamples_see_what_a_seed_has_in_common_at_all_widths():
+    result = width_sweep(shared, WIDTHS, ETAS, ETAS, range(8))
+    apart, joint = (result.slope_ci(joint=j)["eta_A"] for j in (False, True))
+    assert apart.slope == joint.slope == pytest.approx(-1, abs=0.02)
+    assert joint.high - joint.low < 0.02 and apart.high - apart.low > 0.2
+    own = width_sweep(planted(noise=1.0), WIDTHS, ETAS, ETAS, range(8))  # where nothing is shared, about the same
+    apart, joint = (own.slope_ci(joint=j)["eta_A"] for j in (False, True))
+    assert joint.high - joint.low == pytest.approx(apart.high - apart.low, rel=0.5)
+    uneven = {w: (ETAS, ETAS, shared(w, ETAS, ETAS, range(k))) for w, k in ((32, 3), (64, 2))}
+    with pytest.raises(ValueError, match=r"joint needs as many seeds at every width, got \[3, 2\]"):
+        SweepResult(uneven).slope_ci(joint=True)
+
+
+def test_resamples_at_an_edge_of_any_width_are_counted():
+    i, j = np.arange(13)[:, None], np.arange(13)
+
+    def bowls(*centres):
+        return ETAS, ETAS, np.stack([np.exp((i - c) ** 2 + (j - 6) ** 2) for c in centres])
+
+    result = SweepResult({32: bowls(6, 6), 64: bowls(0, 4)})  # the first seed alone is at the edge: one draw in four
+    for quantity in result.slope_ci().values():
+        assert quantity.edge == pytest.approx(0.25, abs=0.05)
+    assert SweepResult({32: bowls(6, 6), 64: bowls(2, 4)}).slope_ci()["eta_A"].edge == 0
 
 
 def test_soft_argmin_is_the_weighted_mean_that_it_says():
@@ -101,8 +133,10 @@ def test_grids_are_extended_towards_the_optimum_and_old_cells_are_kept():
     far = width_sweep(planted(), [256], small, small, [0], extend=9, margin=3).grids[256]
     i, j = np.unravel_index(far.losses[0].argmin(), far.losses[0].shape)
     assert 3 <= i < len(far.etas_A) - 3 and 3 <= j < len(far.etas_B) - 3
-    high = width_sweep(planted(), [32], 2.0 ** np.arange(-9, -5), ETAS, [0], extend=8)
-    assert high.optimum()[32]["eta_A"] == pytest.approx(2.0**-3, rel=0.1)
+    for start in (2.0 ** np.arange(-17, -5), 2.0 ** np.arange(0, 12)):  # by three cells at a time, from both sides
+        wide = width_sweep(planted(), [32], start, ETAS, [0], extend=8)
+        assert wide.optimum()[32]["eta_A"] == pytest.approx(2.0**-3, rel=0.1)
+        assert len(wide.grids[32].etas_A) % 3 == 0 and (np.diff(wide.grids[32].etas_A) > 0).all()
 
 
 def test_diverged_cells_count_and_are_never_dropped():
@@ -137,7 +171,9 @@ GOOD = np.ones((2, 13, 13))
         ),
         (lambda: SweepResult({32: (ETAS, ETAS, 0 * GOOD)}), "losses must be positive, got 0"),
         (lambda: SweepResult({}), "grids must be by positive widths"),
-        (lambda: SweepResult({32: (ETAS, ETAS, GOOD)}, 0), "temperature must be positive, got 0"),
+        (lambda: SweepResult({32: (ETAS, ETAS, GOOD)}, 0), "temperature must be positive and finite, got 0"),
+        (lambda: soft_argmin(GOOD, ETAS, ETAS, np.inf), "temperature must be positive and finite, got inf"),
+        (lambda: soft_argmin(GOOD[:0], ETAS, ETAS), "losses must be of at least one seed"),
         (lambda: SweepResult({32: (ETAS, ETAS, GOOD)}).slope_ci(), "at least 2 widths"),
         (lambda: width_sweep(planted(), [32, 64], ETAS, ETAS, [0]).slope_ci(), "at least 2 seeds"),
         (

@@ -49,6 +49,7 @@ def test_the_frozen_weight_of_the_network_has_its_law_without_being_drawn():
     toy = draw_toy("network", 40, 2000, [0], b=6)
     expected = toy.X[0] @ toy.X[0].T / 40  # covariance of the columns of XW₀, W₀ ~ N(0, 1/n)
     assert (toy.base[0].cov() - expected).abs().max() < 0.15 * expected.max()
+    assert toy.head.square().mean().item() == pytest.approx(1 / 2000, rel=0.15)  # w ~ N(0, 1/m)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

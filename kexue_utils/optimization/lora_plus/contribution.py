@@ -153,7 +153,8 @@ def contribution(adapted: LoRALinear | tuple[Tensor, Tensor], x: Tensor, grad_y:
 def watch_contributions(model: nn.Module) -> Iterator[dict[str, ContributionMeter]]:
     """Meters of every adapter of `model`, by name, fed by the backward passes inside the `with` block   (lora-ratio)
 
-    Call ``result()`` on them afterwards, before the optimizer's step. Raises ValueError for a model without adapters.
+    Call ``result()`` on them afterwards, before the optimizer's step. They see the layers' inputs before dropout.
+    Raises ValueError for a model without adapters.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
@@ -161,14 +162,14 @@ def watch_contributions(model: nn.Module) -> Iterator[dict[str, ContributionMete
     meters = {name: _meter(layer) for name, layer in layers.items()}
 
     def hook(meter):
-        def forward(module, inputs, output):
+        def forward(module, inputs, named, output):
             if output.requires_grad:
-                x = inputs[0].detach()
+                x = (inputs[0] if inputs else named["x"]).detach()
                 output.register_hook(lambda grad: meter.update(x, grad))
 
         return forward
 
-    handles = [layers[name].register_forward_hook(hook(meter)) for name, meter in meters.items()]
+    handles = [layers[name].register_forward_hook(hook(meter), with_kwargs=True) for name, meter in meters.items()]
     try:
         yield meters
     finally:

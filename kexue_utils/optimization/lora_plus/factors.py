@@ -92,8 +92,8 @@ def rescaled(A: Tensor, B: Tensor, eta_A: float, eta_B: float, c: float) -> tupl
     """(A/c, cB, η_A/c, cη_B): the same AB for ever under sign updates, at a ratio η_B/η_A that is c² times as large
     (lora-rescale)
 
-    Raises ValueError unless c > 0.
+    Raises ValueError unless c > 0 and finite.
     """
-    if not c > 0:
-        raise ValueError(f"c must be positive, got {c}")
+    if not 0 < c < float("inf"):
+        raise ValueError(f"c must be positive and finite, got {c}")
     return A / c, c * B, eta_A / c, c * eta_B

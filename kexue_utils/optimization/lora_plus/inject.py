@@ -38,6 +38,29 @@ def _matcher(target):
     raise TypeError(f"target must be a string, a compiled pattern or a function, got {type(target).__name__}")
 
 
+def _shared(model, weight):
+    return sum(weight is p for module in model.modules() for p in module.parameters(recurse=False)) > 1
+
+
+def _wrapped(chosen, r, alpha, options):
+    """{module: its adapter}; where one of them can't begin at its weight, all weights are as they were."""
+    adapted, before = {}, []
+    for name, module in chosen.items():
+        if module in adapted:
+            continue
+        if options.get("init") == "both":  # the only start that changes a weight
+            before.append((module.weight, module.weight.requires_grad, module.weight.detach().clone()))
+        try:
+            adapted[module] = LoRALinear.wrap(module, r, alpha, **options).train(module.training)
+        except ValueError as error:
+            for weight, trained, value in before:
+                with torch.no_grad():
+                    weight.copy_(value)
+                weight.requires_grad_(trained)
+            raise ValueError(f"module {name!r}: {error}") from None
+    return adapted
+
+
 def inject_lora(model: nn.Module, target: Target, r: int, alpha: float | None = None, *, freeze: bool = True,
                 **options) -> list[str]:  # fmt: skip
     """Replace linear layers of `model` by :class:`LoRALinear`s in place; the names of those that were replaced.
@@ -47,8 +70,9 @@ def inject_lora(model: nn.Module, target: Target, r: int, alpha: float | None = 
     :meth:`LoRALinear.wrap`. freeze: nothing but factors, those of earlier calls too, requires gradients afterwards.
     A layer that stands in several places is adapted once. Only nn.Linear itself counts as linear: a subclass, such as
     the output of nn.MultiheadAttention, may be read in other ways than by calling it.
-    Raises ValueError, with the names that there are, if nothing matches; for a match that has an adapter already, or is
-    the model itself; and what `wrap` raises. The model is untouched when it raises.
+    Raises ValueError, with the names that there are, if nothing matches; for a match that has an adapter already, is
+    the model itself, or shares the weight that init="both" would change; and what `wrap` raises. The model is untouched
+    when it raises.
     """
     matches = _matcher(target)
     inside = {id(module.base) for module in model.modules() if isinstance(module, LoRALinear)}
@@ -65,19 +89,19 @@ def inject_lora(model: nn.Module, target: Target, r: int, alpha: float | None = 
             raise ValueError(f"module {name!r} already has a LoRA adapter")
         if not name:
             raise ValueError("model must not be the layer to adapt itself: use LoRALinear.wrap")
+        if options.get("init") == "both" and _shared(model, module.weight):
+            raise ValueError(f"module {name!r}: init='both' must not change a weight that another module has too")
         try:
             require_wrappable(module, r, alpha, **options)
         except ValueError as error:
             raise ValueError(f"module {name!r}: {error}") from None
+    adapted = _wrapped(chosen, r, alpha, options)
     if freeze:
         kept = {id(p) for m in model.modules() if isinstance(m, LoRALinear) for p in (m.lora_A, m.lora_B)}
         for parameter in model.parameters():
             if id(parameter) not in kept:
                 parameter.requires_grad_(False)
-    adapted = {}
     for name, module in chosen.items():
-        if module not in adapted:
-            adapted[module] = LoRALinear.wrap(module, r, alpha, **options).train(module.training)
         _replace(model, name, adapted[module])
     return list(chosen)
 
@@ -86,13 +110,16 @@ def merge_lora(model: nn.Module, *, exact: bool = False, unload: bool = False) -
     """Merge every adapter of `model` that is not merged yet; the names of all of them.
 
     exact: as in :meth:`LoRALinear.merge`. unload: put the merged linear layers back in place of the adapters, for good.
-    Raises ValueError if there are none, or a weight would not be finite; the model is untouched then.
+    Raises ValueError if there are none, a weight would not be finite, or it belongs to another module too, an embedding
+    or a second adapter, which would change with it; the model is untouched then.
     """
     layers = _adapters(model)
     if unload and model in layers.values():
         raise ValueError("model must not be the adapter itself to be unloaded: take its base")
     waiting = {name: layer for name, layer in layers.items() if not layer.merged}
     for name, layer in waiting.items():  # all of them before the first one changes
+        if _shared(model, layer.base.weight):
+            raise ValueError(f"module {name!r}: its weight must not belong to another module too: untie it first")
         try:
             layer.shifted(layer.product(layer.lora_A, layer.lora_B))
         except ValueError as error:
@@ -126,7 +153,8 @@ def load_lora_state_dict(model: nn.Module, sd: dict[str, Tensor], strict: bool =
 
     For init="both" the base is moved from its own sA₀B₀ to that of the file, so that it stands for the same W₀ as
     before. Raises ValueError for a model without adapters, names that don't agree (if strict), other shapes, an adapter
-    with a start without the start's entries, or one that is merged; the model is untouched then.
+    with a start without the start's entries or whose weight would not be finite, or one that is merged; the model is
+    untouched then.
     """
     layers, own = _adapters(model), lora_state_dict(model)
     missing, unexpected = sorted(own.keys() - sd.keys()), sorted(sd.keys() - own.keys())
@@ -142,10 +170,18 @@ def load_lora_state_dict(model: nn.Module, sd: dict[str, Tensor], strict: bool =
             raise ValueError(f"module {name!r} is merged: unmerge it before loading")
         if new[layer] and layer.start_A is not None and len(new[layer]) < len(FACTORS):
             raise ValueError(f"module {name!r} started at A0 and B0: sd must have all of {', '.join(FACTORS)}")
+    shifts = {}
+    for name, layer in layers.items():
+        if "start_A" in new[layer]:
+            start = [new[layer][f].to(layer.start_A) for f in ("start_A", "start_B")]
+            delta = layer.product(layer.start_A, layer.start_B) - layer.product(*start)
+            try:
+                shifts[layer] = layer.shifted(delta)
+            except ValueError as error:
+                raise ValueError(f"module {name!r}: {error}") from None
     for layer, factors in new.items():
-        if "start_A" in factors:
-            start = [factors[f].to(layer.start_A) for f in ("start_A", "start_B")]
-            layer.shift_base(layer.product(layer.start_A, layer.start_B) - layer.product(*start))
+        if layer in shifts:
+            layer.base.weight.copy_(shifts[layer])
         for factor, value in factors.items():
             getattr(layer, factor).copy_(value)
     return missing, unexpected
@@ -185,7 +221,8 @@ def loraplus_param_groups(model: nn.Module, lr: float, ratio: float, *, weight_d
 
     - ``lora_A``           lr: the factors at the input, and all other trainables unless extra_lr is given
     - ``lora_B``           lr·ratio: the factors at the output
-    - ``lora_B_no_decay``  lr·ratio, no weight decay: everything with one dimension, as in the paper's code
+    - ``lora_B_no_decay``  lr·ratio, no weight decay: everything with one dimension (the paper's code and peft
+      give it the same rate, but spare only biases and LayerNorms the decay)
     - ``embedding``        embedding_lr: weights of embeddings and of peft's adapters on them
     - ``extra``            extra_lr: other trainables, such as a new head
 

@@ -49,8 +49,8 @@ class LoRALinear(nn.Module):
     s·A₀B₀ has already been taken from base.weight. dropout: share of x's entries that the adapter doesn't see.
     :meth:`wrap` draws the factors. base.weight stops requiring gradients, base.bias stays as it is.
     A ``state_dict`` doesn't know whether it was merged: unmerge before you save one.
-    Raises TypeError for a base that is not an nn.Linear, ValueError for factors that don't fit it or a dropout
-    outside [0, 1).
+    Raises TypeError for a base that is not an nn.Linear, ValueError for factors that don't fit it, a scaling that is
+    not finite or a dropout outside [0, 1).
     """
 
     def __init__(self, base: nn.Linear, lora_A: Tensor, lora_B: Tensor, scaling: float = 1.0, *,
@@ -60,9 +60,11 @@ class LoRALinear(nn.Module):
         _require_dropout(dropout)
         for A, B in [(lora_A, lora_B)] + ([start] if start else []):
             shapes = tuple(A.shape), tuple(B.shape)
-            if shapes != ((len(A), base.in_features), (base.out_features, len(A))):
-                expected = f"(r, {base.in_features}) and ({base.out_features}, r)"
+            if not len(A) or shapes != ((len(A), base.in_features), (base.out_features, len(A))):
+                expected = f"(r, {base.in_features}) and ({base.out_features}, r) with r > 0"
                 raise ValueError(f"lora_A and lora_B must be {expected}, got {shapes[0]} and {shapes[1]}")
+        if not math.isfinite(scaling):
+            raise ValueError(f"scaling must be finite, got {scaling}")
         self.base = base
         self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         start_A, start_B = start or (None, None)
@@ -83,7 +85,8 @@ class LoRALinear(nn.Module):
         buffers.
         dtype: of the factors, by default the base's, float32 where that has 16 bits.
         Raises ValueError for another init, an r that is not between 1 and min(n, m), α = 0 or not finite, a dropout
-        outside [0, 1); TypeError for a base that is not an nn.Linear. The base is untouched when it raises.
+        outside [0, 1), a start ("both") that the weight's dtype can't hold; TypeError for a base that is not an
+        nn.Linear. The base is untouched when it raises.
         """
         require_wrappable(base, r, alpha, rslora=rslora, init=init, dropout=dropout, dtype=dtype)
         n, m, weight = base.in_features, base.out_features, base.weight
@@ -98,9 +101,14 @@ class LoRALinear(nn.Module):
         if init in ("B", "both"):
             nn.init.normal_(lora_B, std=r**-0.5)
         start = (lora_A.clone(), lora_B.clone()) if init == "both" else None
+        trained = weight.requires_grad
         layer = cls(base, lora_A, lora_B, scaling, start=start, dropout=dropout)
         if start:
-            layer.shift_base(-layer.product(*start))
+            try:
+                layer.shift_base(-layer.product(*start))
+            except ValueError:
+                weight.requires_grad_(trained)
+                raise
         return layer
 
     @property

@@ -38,11 +38,18 @@ def _rates(name, values):
     return values
 
 
+def _require_temperature(temperature):
+    if not 0 < temperature < np.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
 def _log_losses(losses, shape):
     """Natural logarithms, nan counted as ∞."""
     losses = np.asarray(losses, dtype=np.float64)
     if losses.shape != shape:
         raise ValueError(f"losses must have shape (seeds, etas_A, etas_B) = {shape}, got {losses.shape}")
+    if not len(losses):
+        raise ValueError("losses must be of at least one seed, got none")
     losses = np.where(np.isnan(losses), np.inf, losses)
     if not (losses > 0).all():
         raise ValueError(f"losses must be positive, got {losses.min():g}")
@@ -76,8 +83,7 @@ def soft_argmin(losses: np.ndarray, etas_A: Sequence[float], etas_B: Sequence[fl
     within a factor e^τ of the best one count, so that the optimum is not bound to the grid. temperature: τ > 0.
     nan counts as ∞. Raises ValueError for other shapes, losses that are not positive, or no finite one.
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    _require_temperature(temperature)
     etas_A, etas_B = _rates("etas_A", etas_A), _rates("etas_B", etas_B)
     logs = _log_losses(losses, (len(losses), len(etas_A), len(etas_B)))
     means = _means(logs, np.full((1, len(logs)), 1 / len(logs)))
@@ -93,8 +99,7 @@ class SweepResult:
     """
 
     def __init__(self, grids: dict[int, tuple], temperature: float = TEMPERATURE):
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
+        _require_temperature(temperature)
         if not grids or not all(width > 0 for width in grids):
             raise ValueError(f"grids must be by positive widths, got {list(grids)}")
         self.temperature, self.grids, self._logs = temperature, {}, {}
@@ -136,20 +141,28 @@ class SweepResult:
             found[width] = {"eta_A": float(eta_A), "eta_B": float(eta_B), "ratio": float(eta_B / eta_A)}
         return found
 
-    def slope_ci(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[str, SlopeInterval]:
+    def slope_ci(self, *, level: float = 0.95, draws: int = 1000, seed: int = 0,
+                 joint: bool = False) -> dict[str, SlopeInterval]:  # fmt: skip
         """Slopes of log₂ η* = a + s log₂ n for "eta_A", "eta_B" and "ratio", with their intervals   (lora-sweep)
 
-        Percentile bootstrap over the seeds, independently at every width, as those of different widths have nothing in
-        common. Raises ValueError as :meth:`optimum`, for one width or one seed only, or a level outside (0, 1).
+        Percentile bootstrap over the seeds, independently at every width: right if a seed's draws at different widths
+        have nothing in common. joint: the same seeds at all widths of a resample, right in any case. The ends are
+        themselves estimates from so many draws: a verdict on which little hangs needs many.
+        Raises ValueError as :meth:`optimum`, for one width or one seed only, a level outside (0, 1), or different
+        numbers of seeds if joint.
         """
         if not 0 < level < 1:
             raise ValueError(f"level must lie in (0, 1), got {level}")
         if len(self.grids) < 2 or min(len(logs) for logs in self._logs.values()) < 2:
             raise ValueError("a slope needs at least 2 widths, its interval at least 2 seeds")
+        counts = [len(logs) for logs in self._logs.values()]
+        if joint and len(set(counts)) > 1:
+            raise ValueError(f"joint needs as many seeds at every width, got {counts}")
         best = self.optimum()
         rng, resampled, edges = np.random.default_rng(seed), {name: [] for name in QUANTITIES}, []
         for width, grid in self.grids.items():
             logs = self._logs[width]
+            rng = np.random.default_rng(seed) if joint else rng
             weights = rng.multinomial(len(logs), np.full(len(logs), 1 / len(logs)), size=draws) / len(logs)
             means = _means(logs, weights)
             log_A, log_B, edge = _soft(means, np.log2(grid.etas_A), np.log2(grid.etas_B), self.temperature)
