@@ -7,9 +7,11 @@ _LORA = "kexue_utils.optimization.lora_plus.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
 _SGD = "kexue_utils.optimization.sgd_convergence.experiments"
 _FLOW = "kexue_utils.optimization.gradient_flow.experiments"
+_TIGER = "kexue_utils.optimization.tiger.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "lora_finetune": f"{_LORA}:FINETUNE",
+    "lora_tiger": f"{_LORA}:TIGER",
     "lora_widths": f"{_LORA}:WIDTHS",
     "naive_bayes_pydoc": f"{_TEXT}:PYDOC",
     "naive_bayes_sympy": f"{_TEXT}:SYMPY",
@@ -23,13 +25,15 @@ EXPERIMENTS = {
     "sgd_regret": f"{_SGD}:REGRET",
     "schedules_text": f"{_SGD}:ADAMW",
     "schedules_text_sgd": f"{_SGD}:SGD",
+    "tiger_memory": f"{_TIGER}:MEMORY",
+    "tiger_ranks": f"{_TIGER}:RANKS",
     "edge_of_stability": f"{_FLOW}:EDGE",
     "langevin_bias": f"{_FLOW}:BIAS",
     "score_flow": f"{_FLOW}:SCORE",
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"lora_finetune"}
+WAITING = set()
 
 
 def experiment(name):
