@@ -7,6 +7,7 @@ _LORA = "kexue_utils.optimization.lora_plus.experiments"
 _MULTIMODAL = "kexue_utils.position.rope_multimodal.experiments"
 _SGD = "kexue_utils.optimization.sgd_convergence.experiments"
 _FLOW = "kexue_utils.optimization.gradient_flow.experiments"
+_TIGER = "kexue_utils.optimization.tiger.experiments"
 _ROPE = "kexue_utils.position.rope_base_beta.experiments"
 EXPERIMENTS = {
     "lora_finetune": f"{_LORA}:FINETUNE",
@@ -25,11 +26,12 @@ EXPERIMENTS = {
     "schedules_text_sgd": f"{_SGD}:SGD",
     "edge_of_stability": f"{_FLOW}:EDGE",
     "langevin_bias": f"{_FLOW}:BIAS",
+    "tiger_text": f"{_TIGER}:TEXT",
     "score_flow": f"{_FLOW}:SCORE",
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"lora_finetune"}
+WAITING = {"lora_finetune", "tiger_text"}
 
 
 def experiment(name):
