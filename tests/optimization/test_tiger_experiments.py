@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kexue_utils.optimization import Tiger
-from kexue_utils.optimization.tiger.experiments import hidden, rules, runs, stack, verdicts
+from kexue_utils.optimization.tiger.experiments import grids, hidden, rules, runs, stack, verdicts, widths
 from kexue_utils.optimization.tiger.groups import tiger_param_groups
 from kexue_utils.training.recorder import record
 from kexue_utils.training.registry import EXPERIMENTS
@@ -264,3 +264,73 @@ def test_verdicts():
     one = pair(0.0095 - 0.0026, 1.0)
     p = verdicts.at_most({"a": one})["a"]["p below margin"]
     assert verdicts.at_most({"a": one, "b": one})["a"]["p below margin"] == pytest.approx(2 * p)
+
+
+def test_the_best_rate_of_every_run_is_the_vertex_of_its_parabola():
+    x = [0.0, 1.0, 2.0, 3.5]
+    planted = [1.2, 0.9, 1.4]
+    losses = [[0.3 * (a - best) ** 2 + best for best in planted] for a in x]
+    assert verdicts.best_of_each(x, losses) == pytest.approx(planted)
+    assert verdicts.best_of_each(x[1:], losses[1:]) is None and verdicts.best_of_each(x[:2], losses[:2]) is None
+    assert verdicts.vertex([0.0, 1.0, 2.0], [3.0, 1.0, 0.0]) == 2.0  # its vertex lies beyond
+    assert verdicts.vertex([0.0, 1.0, 2.0], [1.0, 1.5, 1.5]) == 0.0  # concave
+
+
+@pytest.mark.parametrize(
+    ("exponent", "verdict"), [(0.0, "reproduced"), (-0.5, "contradicted"), (-0.25, "undecided"), (None, None)]
+)
+def test_a_planted_dependence_on_the_width_is_found(exponent, verdict):
+    units = {}
+    for name, p in widths._units(False).items():
+        rates, width = p["rates"], p["d_model"]
+        best = np.log2(rates[3]) if exponent is None else np.log2(2e-3 * (width / 128) ** exponent)
+        best = 99.0 if exponent is None and width == 256 else best
+        rates = rates if exponent is None else [2.0**k for k in range(-14, -5)]
+        losses = [[(np.log2(rate) - best - 0.03 * s) ** 2 for rate in rates] for s in (-1, 2, 0, 1, -2)]
+        units[name] = {"parameters": p, "runs": [{"rates": rates, "validation": one, "test": one} for one in losses]}
+    found = widths._conclude(units)["Lion"]
+    if exponent is None:
+        assert found["slope"] is None
+        return
+    assert found["slope"]["mean"] == pytest.approx(exponent, abs=1e-6)
+    assert found["falls with the width"] == (exponent < 0)
+    if exponent != -0.25:
+        assert found["stays the same"] == verdict
+
+
+def recorded(units, losses):
+    """Units as a record has them, of losses(parameters, rate) + s/1000 for seed s."""
+    found = {}
+    for name, p in units.items():
+        column = [losses(p, rate) for rate in p["rates"]]
+        jitter = [[value + s / 1000 for value in column] for s in range(5)]
+        runs = [{"validation": one, "test": one, "moved": [0.5] * len(one)} for one in jitter]
+        found[name] = {"parameters": p, "runs": runs}
+    return found
+
+
+def test_the_best_beta_is_found_and_compared_with_the_recommended_one():
+    def losses(p, rate):
+        horizon = np.log2(1 / (1 - p["betas"][0]))
+        return 1 + 0.2 * np.log2(rate / 0.01) ** 2 + 0.05 * (horizon - 3.4) ** 2
+
+    found = grids._conclude_betas(recorded(grids._beta_units(False), losses))
+    assert found["best"] == 0.9 and found["best other"] == 0.9 and found["best inside the grid"]
+    assert found["recommended at most best other"]["verdict"] == "contradicted"
+    assert found["log2 of the best horizon 1/(1 − β)"]["mean"] == pytest.approx(3.4, abs=0.2)
+    assert all(row["rate"] == 0.008 and row["rate inside the grid"] for row in found["betas"].values())
+
+
+def test_what_16_bits_cost_is_compared_at_three_rates():
+    def losses(p, rate):
+        nearest = p["storage"] != "float32" and "rounding" not in p
+        return 1 + 0.2 * np.log2(rate / (0.03 if nearest else 0.008)) ** 2 + 0.02 * nearest
+
+    found = grids._conclude_half(recorded(grids._half_units(False), losses))
+    rows = found["float16"]["gaps"]
+    assert rows["each at its own best rate"]["mean"] == pytest.approx(0.02 + 0.2 * np.log2(0.032 / 0.03) ** 2)
+    assert rows["at the best rate of float32"]["mean"] == pytest.approx(0.02 + 0.2 * np.log2(0.008 / 0.03) ** 2)
+    assert all(one["verdict"] == "contradicted" for one in rows.values())
+    free = found["bfloat16, rounded at random"]["gaps"]
+    assert all(one["verdict"] == "reproduced" for one in free.values())
+    assert "gaps" not in found["float16, stored in float32"] and len(found["bfloat16"]["gap at every rate"]) == 6

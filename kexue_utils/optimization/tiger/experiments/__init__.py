@@ -1,5 +1,7 @@
 """Recorded runs of the chapter: language models trained by Tiger and its neighbours."""
 
+from .grids import BETA, HALF
 from .text import TEXT
+from .widths import WIDTH
 
-__all__ = ["TEXT"]
+__all__ = ["BETA", "HALF", "TEXT", "WIDTH"]

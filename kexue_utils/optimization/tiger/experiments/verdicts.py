@@ -35,3 +35,23 @@ def at_most(pairs: dict[str, tuple[list, list]], margin: float = MARGIN) -> dict
         one["p below margin"], one["p above zero"] = low, high
         one["verdict"] = "reproduced" if low < 0.05 else "contradicted" if high < 0.05 else "undecided"
     return found
+
+
+def vertex(x: list[float], y: list[float]) -> float:
+    """Where the parabola through three points is lowest, between the outer two; x increases. The lower end if concave."""
+    left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
+    bend = (right - left) / (x[2] - x[0])
+    if bend <= 0:
+        return x[0] if y[0] < y[2] else x[2]
+    return min(max((x[0] + x[1]) / 2 - left / (2 * bend), x[0]), x[2])
+
+
+def best_of_each(x: list[float], losses: list[list[float]]) -> list[float] | None:
+    """Of every run, the best x: by a parabola through the lowest mean loss and its neighbours; None at an end.
+
+    losses: one list for each x, run by run.
+    """
+    i = int(np.argmin(np.mean(losses, 1)))
+    if not 0 < i < len(x) - 1:
+        return None
+    return [vertex(x[i - 1 : i + 2], [losses[j][run] for j in (i - 1, i, i + 1)]) for run in range(len(losses[0]))]

@@ -1,0 +1,140 @@
+"""Recorded runs on a fixed grid of rates: which β is best for Tiger, and what 16-bit parameters cost it.
+
+Every β, and every way of storing parameters and momentum, trains at six rates with the same seeds. A unit has half of
+the rates, so that devices share the work evenly.
+"""
+
+import math
+
+import numpy as np
+
+from kexue_utils.optimization.tiger.experiments.runs import GPT, PARTS, SMOKE, data, nats, train
+from kexue_utils.optimization.tiger.experiments.verdicts import at_most, best_of_each
+from kexue_utils.training.intervals import interval, paired_difference
+from kexue_utils.training.recorder import Experiment
+
+RECOMMENDED = 0.965
+BETAS = (0.8, 0.9, 0.945, RECOMMENDED, 0.98, 0.99)
+SMALLEST_ADVISED = 1e-3  # of the rates that the post advises
+BATCH = 16
+STORED = {
+    f"{products}{how}": {"products": products, "scale": 1024.0 if products == "float16" else 1.0} | own
+    for products in ("bfloat16", "float16")
+    for how, own in {
+        ", stored in float32": {"storage": "float32"},
+        "": {"storage": products},
+        ", rounded at random": {"storage": products, "rounding": "stochastic"},
+    }.items()
+}
+
+
+def _run(parameters, seeds, device, checkpoint):
+    p = parameters
+    found = data(p, device)
+    trained = train(p, p["rates"], seeds, found, device, p["name"])
+    return [
+        {name: trained[name][:, s].tolist() for name in (*PARTS, "moved", "finite")}
+        | ({"corpus": found.provenance} if s == 0 else {})
+        for s in range(len(seeds))
+    ]
+
+
+def _halves(variants, base, smoke):
+    units = {}
+    for name, own in variants.items():
+        p = GPT | {"rule": "Tiger", "lr_scale": "rms", "batch": BATCH, "name": name} | base | own
+        if smoke:
+            p |= SMOKE | {"rates": [4 * rate for rate in p["rates"]]}
+        for half, rates in {"lower": p["rates"][:3], "upper": p["rates"][3:]}.items():
+            units[f"{name}, {half} rates"] = p | {"rates": rates}
+    return units
+
+
+def _joined(units):
+    """{name: {"rates", "validation", "test", "moved": one list of runs for every rate}}."""
+    found = {}
+    for unit in units.values():
+        row = found.setdefault(unit["parameters"]["name"], {"rates": [], "validation": [], "test": [], "moved": []})
+        row["rates"] += unit["parameters"]["rates"]
+        for i in range(len(unit["parameters"]["rates"])):
+            for part in PARTS:
+                row[part].append([nats(run[part][i]) for run in unit["runs"]])
+            row["moved"].append([run["moved"][i] for run in unit["runs"]])
+    return found
+
+
+def _best(row):
+    """Number of the rate with the lowest mean loss."""
+    return int(np.argmin(np.mean(row["validation"], 1)))
+
+
+def _beta_units(smoke):
+    betas = (0.9, RECOMMENDED, 0.99) if smoke else BETAS
+    variants = {f"β = {beta:g}": {"betas": [beta]} for beta in betas}
+    return _halves(variants, {"steps": 800, "rates": [2e-3 * 2**k for k in range(6)]}, smoke)
+
+
+def _conclude_betas(units):
+    rows = {}
+    for name, row in _joined(units).items():
+        best = _best(row)
+        rows[float(name.removeprefix("β = "))] = {
+            "rate": row["rates"][best], "rate inside the grid": 0 < best < len(row["rates"]) - 1,
+            "validation": row["validation"][best], "tests": row["test"][best], "test": interval(row["test"][best]),
+        }  # fmt: skip
+    order = sorted(rows, key=lambda beta: np.mean(rows[beta]["validation"]))
+    other = next(beta for beta in order if beta != RECOMMENDED)
+    betas = sorted(rows)
+    horizons = best_of_each(
+        [math.log2(1 / (1 - beta)) for beta in betas], [rows[beta]["validation"] for beta in betas]
+    )  # fmt: skip
+    return {
+        "betas": rows, "best": order[0], "best inside the grid": betas[0] < order[0] < betas[-1], "best other": other,
+        "recommended at most best other": at_most({"": (rows[RECOMMENDED]["tests"], rows[other]["tests"])})[""],
+        "log2 of the best horizon 1/(1 − β)": interval(horizons) if horizons else None,
+    }  # fmt: skip
+
+
+def _half_units(smoke):
+    return _halves(
+        STORED, {"betas": [RECOMMENDED], "rates": [SMALLEST_ADVISED * k for k in (1, 4, 8, 16, 32, 64)]}, smoke
+    )
+
+
+def _conclude_half(units):
+    rows, summary = _joined(units), {}
+    for name, row in rows.items():
+        control = rows[f"{name.split(',')[0]}, stored in float32"]
+        best, reference = _best(row), _best(control)
+        found = {
+            "rates": row["rates"], "test": [interval(one) for one in row["test"]],
+            "moved": [float(np.mean(one)) for one in row["moved"]], "best rate": row["rates"][best],
+            "float32's best rate": row["rates"][reference],
+        }  # fmt: skip
+        if control is not row:
+            found["gap at every rate"] = [
+                paired_difference(mine, its) for mine, its in zip(row["test"], control["test"], strict=True)
+            ]
+            found["gaps"] = at_most(
+                {
+                    "at the smallest rate advised": (row["test"][0], control["test"][0]),
+                    "at the best rate of float32": (row["test"][reference], control["test"][reference]),
+                    "each at its own best rate": (row["test"][best], control["test"][reference]),
+                }
+            )
+        summary[name] = found
+    return summary
+
+
+BETA = Experiment(
+    title="Which β is best for Tiger on a small language model, each at its best learning rate",
+    units=_beta_units,
+    run=_run,
+    conclude=_conclude_betas,
+)
+HALF = Experiment(
+    title="Tiger with parameters and momentum of 16 bits, rounded to nearest or at random",
+    units=_half_units,
+    run=_run,
+    conclude=_conclude_half,
+)
