@@ -38,7 +38,7 @@ def at_most(pairs: dict[str, tuple[list, list]], margin: float = MARGIN) -> dict
 
 
 def vertex(x: list[float], y: list[float]) -> float:
-    """Where the parabola through three points is lowest, between the outer two; x increases. The lower end if concave."""
+    """Where the parabola through three points is lowest, between the outer two; their lower one if it is concave."""
     left, right = (y[1] - y[0]) / (x[1] - x[0]), (y[2] - y[1]) / (x[2] - x[1])
     bend = (right - left) / (x[2] - x[0])
     if bend <= 0:
