@@ -28,13 +28,14 @@ EXPERIMENTS = {
     "langevin_bias": f"{_FLOW}:BIAS",
     "tiger_betas": f"{_TIGER}:BETA",
     "tiger_half": f"{_TIGER}:HALF",
+    "tiger_longer": f"{_TIGER}:LONG",
     "tiger_text": f"{_TIGER}:TEXT",
     "tiger_widths": f"{_TIGER}:WIDTH",
     "score_flow": f"{_FLOW}:SCORE",
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"lora_finetune", "tiger_betas", "tiger_half", "tiger_text", "tiger_widths"}
+WAITING = {"lora_finetune", "tiger_betas", "tiger_half", "tiger_longer", "tiger_widths"}
 
 
 def experiment(name):

@@ -1,7 +1,7 @@
 """Recorded runs of the chapter: language models trained by Tiger and its neighbours."""
 
-from .grids import BETA, HALF
+from .grids import BETA, HALF, LONG
 from .text import TEXT
 from .widths import WIDTH
 
-__all__ = ["BETA", "HALF", "TEXT", "WIDTH"]
+__all__ = ["BETA", "HALF", "LONG", "TEXT", "WIDTH"]

@@ -1,7 +1,8 @@
-"""Recorded runs on a fixed grid of rates: which β is best for Tiger, and what 16-bit parameters cost it.
+"""Recorded runs on fixed grids of rates: which β is best for Tiger, what 16-bit parameters cost it, longer training.
 
 Every β, and every way of storing parameters and momentum, trains at six rates with the same seeds. A unit has half of
-the rates, so that devices share the work evenly.
+the rates, so that devices share the work evenly. The longer runs are at rates around half of what was best for a
+quarter of the steps, as a best peak falls about like 1/√steps.
 """
 
 import math
@@ -17,6 +18,12 @@ RECOMMENDED = 0.965
 BETAS = (0.8, 0.9, 0.945, RECOMMENDED, 0.98, 0.99)
 SMALLEST_ADVISED = 1e-3  # of the rates that the post advises
 BATCH = 16
+LONGER = {  # the largest of three rates: what was best for a quarter of the steps
+    "Tiger": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "rms", "largest": 8e-3},
+    "Tiger, absolute rate": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "none", "largest": 3.2e-4},
+    "Lion": {"rule": "Lion", "betas": [0.95, 0.98], "largest": 3.2e-4},
+    "AdamW": {"rule": "AdamW", "betas": [0.9, 0.95], "largest": 2e-3},
+}
 STORED = {
     f"{products}{how}": {"products": products, "scale": 1024.0 if products == "float16" else 1.0} | own
     for products in ("bfloat16", "float16")
@@ -68,6 +75,14 @@ def _best(row):
     return int(np.argmin(np.mean(row["validation"], 1)))
 
 
+def _at_its_best(row):
+    best = _best(row)
+    return {
+        "rate": row["rates"][best], "rate inside the grid": 0 < best < len(row["rates"]) - 1,
+        "validation": row["validation"][best], "tests": row["test"][best], "test": interval(row["test"][best]),
+    }  # fmt: skip
+
+
 def _beta_units(smoke):
     betas = (0.9, RECOMMENDED, 0.99) if smoke else BETAS
     variants = {f"β = {beta:g}": {"betas": [beta]} for beta in betas}
@@ -75,13 +90,7 @@ def _beta_units(smoke):
 
 
 def _conclude_betas(units):
-    rows = {}
-    for name, row in _joined(units).items():
-        best = _best(row)
-        rows[float(name.removeprefix("β = "))] = {
-            "rate": row["rates"][best], "rate inside the grid": 0 < best < len(row["rates"]) - 1,
-            "validation": row["validation"][best], "tests": row["test"][best], "test": interval(row["test"][best]),
-        }  # fmt: skip
+    rows = {float(name.removeprefix("β = ")): _at_its_best(row) for name, row in _joined(units).items()}
     order = sorted(rows, key=lambda beta: np.mean(rows[beta]["validation"]))
     other = next(beta for beta in order if beta != RECOMMENDED)
     betas = sorted(rows)
@@ -92,6 +101,31 @@ def _conclude_betas(units):
         "betas": rows, "best": order[0], "best inside the grid": betas[0] < order[0] < betas[-1], "best other": other,
         "recommended at most best other": at_most({"": (rows[RECOMMENDED]["tests"], rows[other]["tests"])})[""],
         "log2 of the best horizon 1/(1 − β)": interval(horizons) if horizons else None,
+    }  # fmt: skip
+
+
+def _longer_units(smoke):
+    units = {}
+    for name, own in LONGER.items():
+        rates = [own["largest"] * factor for factor in (0.25, 0.5, 1.0)]
+        p = GPT | {"steps": 4 * GPT["steps"], "name": name, "rates": rates}
+        p |= {key: value for key, value in own.items() if key != "largest"}
+        units[name] = p | (SMOKE if smoke else {})
+    return units
+
+
+def _conclude_longer(units):
+    rows = {name: _at_its_best(row) for name, row in _joined(units).items()}
+    tests = {name: row["tests"] for name, row in rows.items()}
+    links = {
+        "Lion at most Tiger": (tests["Lion"], tests["Tiger"]),
+        "Tiger at most AdamW": (tests["Tiger"], tests["AdamW"]),
+        "an absolute rate at most Tiger's": (tests["Tiger, absolute rate"], tests["Tiger"]),
+    }
+    p = units["Tiger"]["parameters"]
+    return {
+        "rules": rows, "links": at_most(links), "order": sorted(rows, key=lambda name: rows[name]["test"]["mean"]),
+        "tokens a run": p["steps"] * p["batch"] * p["L"],
     }  # fmt: skip
 
 
@@ -131,6 +165,12 @@ BETA = Experiment(
     units=_beta_units,
     run=_run,
     conclude=_conclude_betas,
+)
+LONG = Experiment(
+    title="Tiger, Lion and AdamW on a small language model, four times as long",
+    units=_longer_units,
+    run=_run,
+    conclude=_conclude_longer,
 )
 HALF = Experiment(
     title="Tiger with parameters and momentum of 16 bits, rounded to nearest or at random",
