@@ -323,15 +323,15 @@ def test_the_best_beta_is_found_and_compared_with_the_recommended_one():
 
 def test_longer_runs_are_compared_each_at_its_best_rate():
     def losses(p, rate):
-        worse = {"Tiger": 0.1, "Lion": 0.0, "AdamW": 0.05}[p["rule"]] - 0.12 * (p.get("lr_scale") == "none")
+        worse = {"Tiger": 0.1, "Lion": 0.0, "AdamW": 0.05}[p["rule"]] - 0.12 * (p["betas"] == [0.8])
         return 1 + worse + 0.2 * np.log2(rate / p["rates"][1]) ** 2
 
     found = grids._conclude_longer(recorded(grids._longer_units(False), losses))
-    assert found["order"] == ["Tiger, absolute rate", "Lion", "AdamW", "Tiger"]
+    assert found["order"] == ["Tiger, β = 0.8", "Lion", "AdamW", "Tiger"]
     verdict = {name: link["verdict"] for name, link in found["links"].items()}
     assert verdict == {
         "Lion at most Tiger": "reproduced", "Tiger at most AdamW": "contradicted",
-        "an absolute rate at most Tiger's": "reproduced",
+        "Tiger with β = 0.8 at most AdamW": "reproduced",
     }  # fmt: skip
     assert all(row["rate inside the grid"] for row in found["rules"].values())
     assert found["tokens a run"] == 4000 * 32 * 256

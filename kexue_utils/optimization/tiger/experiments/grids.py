@@ -1,8 +1,7 @@
 """Recorded runs on fixed grids of rates: which β is best for Tiger, what 16-bit parameters cost it, longer training.
 
-Every β, and every way of storing parameters and momentum, trains at six rates with the same seeds. A unit has half of
-the rates, so that devices share the work evenly. The longer runs are at rates around half of what was best for a
-quarter of the steps, as a best peak falls about like 1/√steps.
+Every β, and every way of storing parameters and momentum, trains at six rates with the same seeds. The longer runs are
+at rates around half of what was best for a quarter of the steps, as a best peak falls about like 1/√steps.
 """
 
 import math
@@ -15,12 +14,12 @@ from kexue_utils.training.intervals import interval, paired_difference
 from kexue_utils.training.recorder import Experiment
 
 RECOMMENDED = 0.965
-BETAS = (0.8, 0.9, 0.945, RECOMMENDED, 0.98, 0.99)
+BETAS = (0.0, 0.5, 0.8, 0.9, 0.945, RECOMMENDED, 0.98, 0.99)
 SMALLEST_ADVISED = 1e-3  # of the rates that the post advises
 BATCH = 16
 LONGER = {  # the largest of three rates: what was best for a quarter of the steps
     "Tiger": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "rms", "largest": 8e-3},
-    "Tiger, absolute rate": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "none", "largest": 3.2e-4},
+    "Tiger, β = 0.8": {"rule": "Tiger", "betas": [0.8], "lr_scale": "rms", "largest": 1.6e-2},
     "Lion": {"rule": "Lion", "betas": [0.95, 0.98], "largest": 3.2e-4},
     "AdamW": {"rule": "AdamW", "betas": [0.9, 0.95], "largest": 2e-3},
 }
@@ -44,17 +43,6 @@ def _run(parameters, seeds, device, checkpoint):
         | ({"corpus": found.provenance} if s == 0 else {})
         for s in range(len(seeds))
     ]
-
-
-def _halves(variants, base, smoke):
-    units = {}
-    for name, own in variants.items():
-        p = GPT | {"rule": "Tiger", "lr_scale": "rms", "batch": BATCH, "name": name} | base | own
-        if smoke:
-            p |= SMOKE | {"rates": [4 * rate for rate in p["rates"]]}
-        for half, rates in {"lower": p["rates"][:3], "upper": p["rates"][3:]}.items():
-            units[f"{name}, {half} rates"] = p | {"rates": rates}
-    return units
 
 
 def _joined(units):
@@ -84,9 +72,19 @@ def _at_its_best(row):
 
 
 def _beta_units(smoke):
-    betas = (0.9, RECOMMENDED, 0.99) if smoke else BETAS
-    variants = {f"β = {beta:g}": {"betas": [beta]} for beta in betas}
-    return _halves(variants, {"steps": 800, "rates": [2e-3 * 2**k for k in range(6)]}, smoke)
+    betas, units = (0.9, RECOMMENDED, 0.99) if smoke else BETAS, {}
+    for beta in betas:
+        p = GPT | {
+            "rule": "Tiger",
+            "lr_scale": "rms",
+            "batch": BATCH,
+            "steps": 800,
+            "betas": [beta],
+            "name": f"β = {beta:g}",
+        }
+        p["rates"] = [2e-3 * 2**k for k in range(6)]
+        units[p["name"]] = p | (SMOKE if smoke else {})
+    return units
 
 
 def _conclude_betas(units):
@@ -120,7 +118,7 @@ def _conclude_longer(units):
     links = {
         "Lion at most Tiger": (tests["Lion"], tests["Tiger"]),
         "Tiger at most AdamW": (tests["Tiger"], tests["AdamW"]),
-        "an absolute rate at most Tiger's": (tests["Tiger, absolute rate"], tests["Tiger"]),
+        "Tiger with β = 0.8 at most AdamW": (tests["Tiger, β = 0.8"], tests["AdamW"]),
     }
     p = units["Tiger"]["parameters"]
     return {
@@ -130,9 +128,13 @@ def _conclude_longer(units):
 
 
 def _half_units(smoke):
-    return _halves(
-        STORED, {"betas": [RECOMMENDED], "rates": [SMALLEST_ADVISED * k for k in (1, 4, 8, 16, 32, 64)]}, smoke
-    )
+    """Half of the rates in a unit, so that devices share the work evenly."""
+    units, rates = {}, [SMALLEST_ADVISED * k * (4 if smoke else 1) for k in (1, 4, 8, 16, 32, 64)]
+    for name, own in STORED.items():
+        p = GPT | {"rule": "Tiger", "lr_scale": "rms", "batch": BATCH, "name": name, "betas": [RECOMMENDED]} | own
+        for half, some in {"lower": rates[:3], "upper": rates[3:]}.items():
+            units[f"{name}, {half} rates"] = p | (SMOKE if smoke else {}) | {"rates": some}
+    return units
 
 
 def _conclude_half(units):
