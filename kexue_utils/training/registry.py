@@ -35,7 +35,7 @@ EXPERIMENTS = {
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"lora_finetune", "tiger_betas", "tiger_longer"}
+WAITING = {"lora_finetune", "tiger_longer"}
 
 
 def experiment(name):

@@ -46,7 +46,7 @@ class Tiger(Rule):
 
 
 class Lion(Rule):
-    """θ ← θ − η sign(β₁m + (1−β₁)g), then m ← β₂m + (1−β₂)g   (arXiv:2302.06675)"""
+    """θ ← θ − η sign(β₁m + (1−β₁)g), then m ← β₂m + (1−β₂)g   (tiger-lion, arXiv:2302.06675)"""
 
     def one(self, name, theta, g, m, eta):
         first, second = self.p["betas"]
@@ -55,7 +55,7 @@ class Lion(Rule):
 
 
 class AdamW(Rule):
-    """θ ← θ − η m̂/(√v̂ + ε), ε = 10⁻⁸   (tiger-adamw without decay)"""
+    """θ ← θ − η m̂/(√v̂ + ε), ε = 10⁻⁸: no weight decay   (tiger-adamw)"""
 
     moments = 2
 
