@@ -25,15 +25,20 @@ EXPERIMENTS = {
     "sgd_regret": f"{_SGD}:REGRET",
     "schedules_text": f"{_SGD}:ADAMW",
     "schedules_text_sgd": f"{_SGD}:SGD",
-    "tiger_memory": f"{_TIGER}:MEMORY",
-    "tiger_ranks": f"{_TIGER}:RANKS",
     "edge_of_stability": f"{_FLOW}:EDGE",
     "langevin_bias": f"{_FLOW}:BIAS",
     "score_flow": f"{_FLOW}:SCORE",
+    "tiger_betas": f"{_TIGER}:BETA",
+    "tiger_half": f"{_TIGER}:HALF",
+    "tiger_longer": f"{_TIGER}:LONG",
+    "tiger_memory": f"{_TIGER}:MEMORY",
+    "tiger_ranks": f"{_TIGER}:RANKS",
+    "tiger_text": f"{_TIGER}:TEXT",
+    "tiger_widths": f"{_TIGER}:WIDTH",
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = set()
+WAITING = {"tiger_longer"}
 
 
 def experiment(name):
