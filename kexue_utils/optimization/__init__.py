@@ -1,5 +1,5 @@
 """Chapters on optimization."""
 
-from .tiger import Tiger
+from .tiger import Tiger, tiger_param_groups
 
-__all__ = ["Tiger"]
+__all__ = ["Tiger", "tiger_param_groups"]
