@@ -9,6 +9,7 @@ import __future__
 
 import ast
 import builtins
+import copy
 import inspect
 import linecache
 from collections import Counter
@@ -96,6 +97,7 @@ class Source:
     def compile(self, slot, new):
         """The function's code object with ``new`` in one place of its syntax tree."""
         module = ast.Module([self.statement], [])
+        new = copy.copy(new)  # it may be a part of the tree, and gets another place in the text
         slot.container[slot.key] = ast.fix_missing_locations(ast.copy_location(new, slot.node))
         try:
             whole = compile(module, self.code.co_filename, "exec", self.code.co_flags & FLAGS, True)
