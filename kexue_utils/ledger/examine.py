@@ -114,7 +114,7 @@ class Examination:
                 raise Refused(f"calls {space['__name__']}.{code.co_qualname}",
                               "name it in of=[…], so that its mutants are tried")  # fmt: skip
             if not self.source.serves_as_input(sites):
-                helpers += [f for f in gc.get_referrers(code) if inspect.isfunction(f)][:1]
+                helpers += [space[code.co_name]] if is_of(space.get(code.co_name), code) else owner(code)
         return helpers
 
     def mutate(self, helpers):
@@ -210,3 +210,12 @@ class Examination:
             reached = f", within {trial.slack:g}" if trial.slack else ", attained"
             return f"{len({draw for draw, _ in trial.schedule()})} draws" + reached * trial.has_tight
         return f"{len(trial.cases)} case" + "s" * (len(trial.cases) != 1)
+
+
+def is_of(function, code):
+    return inspect.isfunction(function) and function.__code__ is code
+
+
+def owner(code):
+    """The function of a code object, wherever it is kept: asks every object there is, so only for what has no name."""
+    return [f for f in gc.get_referrers(code) if is_of(f, code)][:1]

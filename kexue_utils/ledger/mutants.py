@@ -9,11 +9,12 @@ import __future__
 
 import ast
 import builtins
+import copy
 import inspect
 import linecache
 from collections import Counter
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 from .errors import Refused
@@ -77,7 +78,7 @@ class Source:
         self.code = code = function.__code__
         self.lines = linecache.getlines(code.co_filename, function.__globals__)
         self.names = {*function.__globals__, *dir(builtins)}
-        for statement in ast.parse("".join(self.lines)).body:
+        for statement in statements("".join(self.lines)):
             if first_line(statement) <= code.co_firstlineno <= statement.end_lineno:
                 for node in ast.walk(statement):
                     if isinstance(node, ast.FunctionDef) and first_line(node) == code.co_firstlineno:
@@ -96,6 +97,7 @@ class Source:
     def compile(self, slot, new):
         """The function's code object with ``new`` in one place of its syntax tree."""
         module = ast.Module([self.statement], [])
+        new = copy.copy(new)  # it may be a part of the tree, and gets another place in the text
         slot.container[slot.key] = ast.fix_missing_locations(ast.copy_location(new, slot.node))
         try:
             whole = compile(module, self.code.co_filename, "exec", self.code.co_flags & FLAGS, True)
@@ -105,6 +107,12 @@ class Source:
             if (code.co_qualname, code.co_firstlineno) == (self.code.co_qualname, self.code.co_firstlineno):
                 return code
         raise Refused(f"{self.code.co_qualname}: its source text is not what was compiled")
+
+
+@lru_cache(maxsize=64)
+def statements(text):
+    """The top-level statements of a file, parsed once: mutants leave the tree as it was."""
+    return ast.parse(text).body
 
 
 def codes(code):
