@@ -285,8 +285,9 @@ def test_flush_when_the_position_is_on_the_device(capturable):
     assert torch.equal(start, params[0])
 
 
-def test_buckets_of_any_size_and_kind_are_the_loop(monkeypatch):
-    monkeypatch.setitem(tiger.engine.BUCKETS, "cpu", 10)  # elements: a tensor or two
+@pytest.mark.parametrize("elements", [10, 1 << 22])  # a tensor or two, all
+def test_buckets_of_any_size_and_kind_are_the_loop(elements, monkeypatch):
+    monkeypatch.setitem(tiger.engine.BUCKETS, "cpu", elements)
     kinds = torch.float64, torch.bfloat16, torch.float32
     one, two = ([p for dtype in kinds for p in make(dtype)] for _ in range(2))
     optimizers = [Tiger(x, 1e-2, accumulation_steps=2, foreach=f) for x, f in ((one, True), (two, False))]
@@ -428,7 +429,7 @@ def test_parameters_without_elements():
 class RMSGain(torch.nn.Module):  # named like none of torch's
     def __init__(self):
         super().__init__()
-        self.gain = torch.nn.Parameter(torch.ones(3))
+        self.gain, self.bias_table = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 3))
 
 
 class MyRMSNorm(torch.nn.Module):
@@ -469,7 +470,7 @@ def test_groups_by_module():
         **{f"{norm}.weight": gain for norm in ("layer_norm", "images", "batch_norm", "group_norm", "rms", "own")},
         **{f"{norm}.bias": bias for norm in ("layer_norm", "images", "batch_norm", "group_norm")},
         "one_plus.weight": bias,
-        "other.gain": ("rms", 0.05, 0.0),
+        **{f"other.{name}": ("rms", 0.05, 0.0) for name in ("gain", "bias_table")},
     }
     assert all(group["lr"] == 2e-3 for group in groups)
     optimizer = Tiger(groups, accumulation_steps=2)
