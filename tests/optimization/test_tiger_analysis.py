@@ -110,6 +110,8 @@ def test_frozen_fraction_at_a_tie():
     assert abs((after == theta).double().mean().item() - found) < 0.006
     with pytest.raises(ValueError, match="positive"):
         tiger.frozen_fraction(0.0, 1.0, torch.float16)
+    with pytest.raises(ValueError, match="sd must be positive and finite"):
+        tiger.frozen_fraction(1e-3, math.inf, torch.float16)
 
 
 def test_adam_displacement():
@@ -155,6 +157,8 @@ def test_runaway_is_logistic(alpha, fraction, steps):
 
 
 def test_runaway_errors():
+    with pytest.raises(ValueError, match="steps must not be negative, got -1"):
+        tiger.runaway(0.1, 0.1, 0.1, -1)
     with pytest.raises(ValueError, match="r must be positive"):
         tiger.runaway(0.0, 1e-3, 0.01, 3)
     with pytest.raises(ValueError, match="below"):

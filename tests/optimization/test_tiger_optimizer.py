@@ -193,6 +193,40 @@ def test_state_dict_of_another_momentum_dtype():
     wide.step()
 
 
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (
+            lambda: Tiger(make(shapes=((2, 2), (4,), (3, 2, 4), ())), 7.0),
+            r"m of shape \(2, 2\) for a parameter \(6, 5\)",
+        ),
+        (lambda: torch.optim.AdamW(make(), 7.0), "m and pending"),
+        (lambda: torch.optim.SGD(make(), 7.0), "micro_step"),
+    ],
+)
+def test_a_state_that_does_not_fit_changes_nothing(other, message):
+    optimizer, theirs = Tiger(make()), other()
+    for each in (optimizer, theirs):
+        for p in each.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        each.step()
+    before = copy.deepcopy(optimizer)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(theirs.state_dict())
+    assert equal(optimizer, before) and optimizer.param_groups[0]["lr"] == before.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_a_narrow_momentum_does_not_narrow_the_weights(foreach):
+    params = make(torch.float64)
+    start = [p.detach().clone() for p in params]
+    gradients(params, 0)
+    signs = [p.grad.sign() for p in params]
+    Tiger(params, 1e-2, weight_decay=0.3, lr_scale="none", momentum_dtype=torch.float32, foreach=foreach).step()
+    for p, x, s in zip(params, start, signs, strict=True):
+        assert_close(p.detach(), x - 1e-2 * (s + 0.3 * x))
+
+
 def test_copies_go_on_alone():
     params = make()
     optimizer = Tiger(params, 1e-2, accumulation_steps=2)
@@ -249,6 +283,32 @@ def test_flush_when_the_position_is_on_the_device(capturable):
     start = params[0].detach().clone()
     optimizer.flush()
     assert torch.equal(start, params[0])
+
+
+@pytest.mark.parametrize("elements", [10, 1 << 22])  # a tensor or two, all
+def test_buckets_of_any_size_and_kind_are_the_loop(elements, monkeypatch):
+    monkeypatch.setitem(tiger.engine.BUCKETS, "cpu", elements)
+    kinds = torch.float64, torch.bfloat16, torch.float32
+    one, two = ([p for dtype in kinds for p in make(dtype)] for _ in range(2))
+    optimizers = [Tiger(x, 1e-2, accumulation_steps=2, foreach=f) for x, f in ((one, True), (two, False))]
+    for t in range(4):
+        gradients(one, t, two)
+        if t == 3:
+            one[2].grad.view(-1)[0] = two[2].grad.view(-1)[0] = float("nan")
+        for optimizer in optimizers:
+            optimizer.step()
+    assert equal(*optimizers) and not torch.equal(one[0], make(torch.float64)[0])
+
+
+def test_flush_takes_the_step_of_the_official_policy_too():
+    params = make(torch.float64)
+    optimizer = Tiger(params, 1e-2, weight_decay=0.0, lr_scale="none", accumulation_steps=3, nan_policy="official")
+    start = params[0].detach().clone()
+    gradients(params, 0)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.flush()
+    assert_close((params[0].detach() - start).abs(), torch.full_like(start, 1e-2))
 
 
 # Bad input.
@@ -343,6 +403,17 @@ def test_zero_parameters_do_not_move_without_a_floor():
             assert all(torch.equal(other, torch.full_like(other, -1e-3)) for other in others)
 
 
+@pytest.mark.parametrize("lr_scale", ["rms", "row_rms"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_floor_is_a_floor(foreach, lr_scale):
+    params = [torch.nn.Parameter(torch.full((2, 3), size, dtype=torch.float64)) for size in (0.1, 0.5)]
+    for p in params:
+        p.grad = -torch.ones_like(p)
+    Tiger(params, 0.5, weight_decay=0.0, rms_floor=0.2, lr_scale=lr_scale, foreach=foreach).step()
+    for p, moved in zip(params, (0.2, 0.75), strict=True):  # by half of the floor, by half of itself
+        assert_close(p.detach(), torch.full((2, 3), moved, dtype=torch.float64))
+
+
 def test_parameters_without_elements():
     for path in ({"foreach": False}, {"foreach": True}):
         params = make(shapes=((0, 3), (2, 3), (0,)))
@@ -358,7 +429,7 @@ def test_parameters_without_elements():
 class RMSGain(torch.nn.Module):  # named like none of torch's
     def __init__(self):
         super().__init__()
-        self.gain = torch.nn.Parameter(torch.ones(3))
+        self.gain, self.bias_table = torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(2, 3))
 
 
 class MyRMSNorm(torch.nn.Module):
@@ -371,8 +442,11 @@ def test_groups_by_module():
     model = torch.nn.ModuleDict(
         {
             "embedding": torch.nn.Embedding(5, 3),
+            "bag": torch.nn.EmbeddingBag(4, 3),
             "attention": torch.nn.MultiheadAttention(4, 2),
             "layer_norm": torch.nn.LayerNorm(3),
+            "images": torch.nn.LayerNorm((2, 3)),
+            "relative_bias": torch.nn.Embedding(4, 2),
             "batch_norm": torch.nn.BatchNorm1d(3),
             "group_norm": torch.nn.GroupNorm(1, 3),
             "rms": torch.nn.RMSNorm(3),
@@ -388,15 +462,15 @@ def test_groups_by_module():
     kinds = {name: (g["lr_scale"], g["weight_decay"], g["center"]) for g in groups for name, _ in g["params"]}
     gain, bias = ("half", 0.0, 1.0), ("half", 0.0, 0.0)
     assert kinds == {
-        "embedding.weight": ("row_rms", 0.05, 0.0),
+        **{f"{name}.weight": ("row_rms", 0.05, 0.0) for name in ("embedding", "bag", "relative_bias")},
         "attention.in_proj_weight": ("rms", 0.05, 0.0),
         "attention.in_proj_bias": bias,
         "attention.out_proj.weight": ("rms", 0.05, 0.0),
         "attention.out_proj.bias": bias,
-        **{f"{norm}.weight": gain for norm in ("layer_norm", "batch_norm", "group_norm", "rms", "own")},
-        **{f"{norm}.bias": bias for norm in ("layer_norm", "batch_norm", "group_norm")},
+        **{f"{norm}.weight": gain for norm in ("layer_norm", "images", "batch_norm", "group_norm", "rms", "own")},
+        **{f"{norm}.bias": bias for norm in ("layer_norm", "images", "batch_norm", "group_norm")},
         "one_plus.weight": bias,
-        "other.gain": ("rms", 0.05, 0.0),
+        **{f"other.{name}": ("rms", 0.05, 0.0) for name in ("gain", "bias_table")},
     }
     assert all(group["lr"] == 2e-3 for group in groups)
     optimizer = Tiger(groups, accumulation_steps=2)
@@ -405,6 +479,25 @@ def test_groups_by_module():
         tiger_param_groups(model, rule="name")
     with pytest.raises(ValueError, match="got none"):
         tiger_param_groups(torch.nn.ReLU())
+
+
+def test_official_groups_go_by_any_part_of_a_name():
+    model = torch.nn.ModuleDict(
+        {
+            "embeddings": torch.nn.Linear(2, 2, bias=False),
+            "gamma_of": torch.nn.Linear(2, 3, bias=False),
+            "beta": torch.nn.LayerNorm(3, bias=False),
+            "norm": torch.nn.LayerNorm(2),
+        }
+    )
+    groups = tiger_param_groups(model, weight_decay=0.05, rule="official")
+    assert {name: (g["lr_scale"], g["weight_decay"], g["center"]) for g in groups for name, _ in g["params"]} == {
+        "embeddings.weight": ("row_rms", 0.05, 0.0),
+        "gamma_of.weight": ("half", 0.0, 1.0),
+        "beta.weight": ("half", 0.0, 0.0),
+        "norm.weight": ("rms", 0.05, 0.0),
+        "norm.bias": ("half", 0.0, 0.0),
+    }
 
 
 def test_tied_weights_are_an_embedding_whichever_comes_first():
@@ -428,6 +521,7 @@ def test_lazy_rows_are_parameters_of_their_own(k, sparse):
     for t in range(2 * k + 1):
         ids = torch.tensor([[0, 1, 1], [0, 2, 3], [5, 0, 0]][t % 3])
         v = torch.randn(3, 4, dtype=torch.float64)
+        v[:, t % 2] = 0  # a row takes part if any entry does
         whole.weight.grad = None
         (whole(ids) * v).sum().backward()
         g = whole.weight.grad.to_dense()
@@ -491,6 +585,18 @@ def test_backward_hooks(k, reentrant):
 
 
 @pytest.mark.filterwarnings("ignore:backward hooks free")
+def test_a_bad_gradient_is_remembered_through_a_second_backward():
+    model = torch.nn.Linear(2, 1, bias=False, dtype=torch.float64)
+    optimizer = Tiger(model.parameters(), 1e-2, weight_decay=0.0, lr_scale="none", shrink_ratio=0.5)
+    with pytest.warns(UserWarning, match="global norm"):
+        optimizer.install_backward_hooks(model)
+    start = model.weight.detach().clone()
+    for x in (float("nan"), 1.0):  # before one step
+        model(torch.full((1, 2), x, dtype=torch.float64)).sum().backward()
+    optimizer.step()
+    assert_close(model.weight.detach(), start / 2 - 1e-2)
+
+
 def test_hooks_keep_nothing_alive():
     def train():
         model = torch.nn.Linear(3, 2)

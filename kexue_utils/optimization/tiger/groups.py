@@ -15,9 +15,10 @@ def _is_norm(module):
 
 
 def _by_module(module, name, theta):
-    if "bias" in name and theta.ndim <= 1:  # also in_proj_bias, bias_ih_l0
+    norm = _is_norm(module) and (theta.ndim == 1 or isinstance(module, _NORMS))  # LayerNorm((H, W)) has matrices
+    if "bias" in name and (norm or theta.ndim <= 1):  # also in_proj_bias, bias_ih_l0
         return "half", 0.0, 0.0
-    if _is_norm(module) and theta.ndim == 1:
+    if norm:
         # A gain that starts at 0 belongs to a norm that multiplies with 1 + gain.
         zero = not theta.is_meta and not bool(theta.any())
         return "half", 0.0, 0.0 if zero else 1.0

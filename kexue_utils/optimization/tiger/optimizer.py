@@ -344,17 +344,26 @@ class Tiger(Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As usual; m takes this optimizer's momentum_dtype. Raises ValueError for the state of another optimizer."""
+        """As usual; m takes this optimizer's momentum_dtype.
+
+        Raises ValueError, with nothing changed, for the state of another optimizer or of parameters of other shapes.
+        """
         for entry in state_dict["state"].values():
             if not {"m", "pending"} <= entry.keys():
                 raise ValueError(f"state_dict must hold m and pending of each parameter, got {sorted(entry)}")
+        for group in state_dict["param_groups"]:
+            if "micro_step" not in group:
+                raise ValueError(f"state_dict must hold micro_step of each group, got {sorted(group)}")
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=False):
+            if i in state_dict["state"] and (shape := state_dict["state"][i]["m"].shape) != p.shape:
+                raise ValueError(f"state_dict must fit: got m of shape {tuple(shape)} for a parameter {tuple(p.shape)}")
         own = [{name: group[name] for name in _OWN} for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, choice in zip(self.param_groups, own, strict=True):
             group.update(choice)
             group["micro_step"] = _place_micro_step(int(group["micro_step"]), group)
         # torch casts state to the parameter's dtype, bools as well: copy it again.
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         new = [(group, p) for group in self.param_groups for p in group["params"]]
         for i, (group, p) in zip(saved, new, strict=True):
             if i in state_dict["state"]:

@@ -60,7 +60,7 @@ def absorbed(theta: Tensor, step: Tensor | float) -> Tensor:
     ulp = torch.ldexp(torch.ones_like(x), exponent - p + 1)
     even = torch.remainder(x.abs() / ulp, 2) == 0
     half = torch.where(inward, ulp / 4, ulp / 2)
-    return (step.abs() < half) | ((step.abs() == half) & (even | inward))
+    return (step.abs() < half) | ((step.abs() == half) & even)
 
 
 def frozen_fraction(alpha: float, sd: float, dtype: torch.dtype) -> float:
@@ -68,10 +68,10 @@ def frozen_fraction(alpha: float, sd: float, dtype: torch.dtype) -> float:
 
     Exact integral over the binades [2^e, 2^{e+1}): all is absorbed where η < 2^{e−p}, half of it at equality, nothing
     below; of the weights that round to 2^e itself, those that move inwards follow the binade below.
-    Raises ValueError unless alpha and sd are positive.
+    Raises ValueError unless alpha and sd are positive and finite.
     """
-    if not (alpha > 0 and sd > 0):
-        raise ValueError(f"alpha and sd must be positive, got {alpha} and {sd}")
+    if not (0 < alpha < math.inf and 0 < sd < math.inf):
+        raise ValueError(f"alpha and sd must be positive and finite, got {alpha} and {sd}")
     p, lowest = _bits(dtype)
     eta, total = alpha * sd, 0.0
 

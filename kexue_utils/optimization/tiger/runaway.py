@@ -30,9 +30,12 @@ def runaway(r: float, alpha: float, weight_decay: float, steps: int) -> Tensor:
     """|θ| of a row whose entries run away together: r_{t+1} = r_t + αr_t(1 − λr_t)   (tiger-logistic)
 
     The rule η = α·RMS of the row makes the growth exponential, weight decay bounds it by 1/λ: a discrete logistic
-    curve. r: r_0; returns (steps + 1,), float64. Raises ValueError unless r, alpha and weight_decay are positive.
+    curve. r: r_0; returns (steps + 1,), float64. Raises ValueError unless r, alpha and weight_decay are positive and
+    steps is not negative.
     """
     _require_positive(r=r, alpha=alpha, weight_decay=weight_decay)
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
     path = [r]
     for _ in range(steps):
         r = r + alpha * r * (1 - weight_decay * r)
@@ -41,7 +44,7 @@ def runaway(r: float, alpha: float, weight_decay: float, steps: int) -> Tensor:
 
 
 def runaway_time(alpha: float, weight_decay: float, r: float, fraction: float) -> float:
-    """Steps until |θ| is the fraction f of its bound 1/λ: t ≈ (1/α)·ln(f(1/λ − r_0)/((1−f)r_0))   (tiger-logistic)
+    """Steps until |θ| is the fraction f of its bound 1/λ: t ≈ (1/α)·ln(f(1/λ − r_0)/((1−f)r_0))   (tiger-time)
 
     r: r_0. Of the logistic equation in continuous time; the iteration agrees to O(α).
     Raises ValueError unless all are positive, r < 1/λ and fraction < 1.
