@@ -29,6 +29,8 @@ EXPERIMENTS = {
     "langevin_bias": f"{_FLOW}:BIAS",
     "score_flow": f"{_FLOW}:SCORE",
     "tiger_betas": f"{_TIGER}:BETA",
+    "tiger_decay": f"{_TIGER}:DECAY",
+    "tiger_digits": f"{_TIGER}:DIGITS",
     "tiger_half": f"{_TIGER}:HALF",
     "tiger_longer": f"{_TIGER}:LONG",
     "tiger_memory": f"{_TIGER}:MEMORY",
@@ -38,7 +40,7 @@ EXPERIMENTS = {
 }
 
 # Written and tried at smoke size, not yet run on a GPU; `load` has nothing for them.
-WAITING = {"tiger_longer"}
+WAITING = {"tiger_decay", "tiger_digits", "tiger_longer"}
 
 
 def experiment(name):
