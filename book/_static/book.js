@@ -35,7 +35,9 @@
   window.addEventListener("load", async () => {
     await window.MathJax?.startup?.promise;
     update();
-    window.addEventListener("resize", update);
+    // A resize event comes before the page has its new columns; the observer comes after.
+    const article = document.querySelector(".bd-article");
+    if (article) new ResizeObserver(() => requestAnimationFrame(update)).observe(article);
     document.addEventListener("toggle", update, true); // a fold was opened
   });
 })();

@@ -74,6 +74,10 @@ FEWER_TOKENS = """() => {
 }"""
 
 
+# The page looks after itself one frame after its size has changed.
+TWO_FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
 @pytest.fixture(scope="module")
 def visits(site, context, book_html):
     """{page: what was seen there}: one load of every page, then a look in each theme and on a phone."""
@@ -102,6 +106,7 @@ def visits(site, context, book_html):
         page.set_viewport_size(PHONE)
         look["phone"] = page.evaluate("document.documentElement.scrollWidth")
         page.set_viewport_size(WIDE)
+        page.evaluate(TWO_FRAMES)
         page.evaluate(FEWER_TOKENS)
         look["axe"] = {}
         for theme, rules in (("light", {}), ("dark", {"runOnly": {"type": "rule", "values": ["color-contrast"]}})):
