@@ -18,11 +18,11 @@
   };
   const update = () => {
     for (const formula of document.querySelectorAll('.bd-article mjx-container[display="true"]')) {
-      if (formula.scrollWidth > formula.clientWidth + 1) formula.parentElement.classList.add("wide");
+      if (formula.scrollWidth > formula.clientWidth) formula.parentElement.classList.add("wide");
     }
     for (const [selector, label] of Object.entries(boxes)) {
       for (const box of document.querySelectorAll(`.bd-article ${selector}`)) {
-        if (box.scrollWidth > box.clientWidth + 1) {
+        if (box.scrollWidth > box.clientWidth) {
           box.tabIndex = 0;
           if (box.localName !== "mjx-container") box.setAttribute("role", "region");
           if (box.localName !== "mjx-container") box.setAttribute("aria-label", label);
