@@ -14,9 +14,9 @@ from kexue_utils.optimization.lora_plus.experiments.widths import (
     CHOSEN,
     REACH,
     TEMPERATURES,
+    as_runs,
     outcome,
     recorded_sweep,
-    window,
 )
 from kexue_utils.optimization.lora_plus.sweep import width_sweep
 from kexue_utils.optimization.lora_plus.toy import PROBLEMS, Toy, draw_toy, loss_gradients
@@ -97,13 +97,7 @@ def _run(parameters, seeds, device, checkpoint):
         return train_grid(draw_toy(p["problem"], n, n, seeds, **options), etas_A, etas_B, p)
 
     result = width_sweep(losses, p["widths"], *first_grids(p), seeds, extend=12, margin=REACH + 1)
-    runs = [{} for _ in seeds]
-    for width, grid in result.grids.items():
-        first_A, first_B, cells = window(grid)
-        for run, rows in zip(runs, cells, strict=True):
-            logs = [[round(100 * math.log10(x)) if math.isfinite(x) else None for x in row] for row in rows]
-            run[str(width)] = {"log2 first eta_A": first_A, "log2 first eta_B": first_B, "100 log10 loss": logs}
-    return runs
+    return as_runs(result, seeds)
 
 
 def _conclude(units):

@@ -92,8 +92,8 @@ def window(grid, reach: int = REACH):
     )
 
 
-def _run(parameters, seeds, device, checkpoint):
-    result = sweep(parameters, seeds, device)
+def as_runs(result, seeds):
+    """What a record keeps of a sweep, seed by seed: the window of every width in hundredths of log₁₀."""
     runs = [{} for _ in seeds]
     for width, grid in result.grids.items():
         first_A, first_B, losses = window(grid)
@@ -101,6 +101,10 @@ def _run(parameters, seeds, device, checkpoint):
             logs = [[round(100 * math.log10(x)) if math.isfinite(x) else None for x in row] for row in cells]
             run[str(width)] = {"log2 first eta_A": first_A, "log2 first eta_B": first_B, "100 log10 loss": logs}
     return runs
+
+
+def _run(parameters, seeds, device, checkpoint):
+    return as_runs(sweep(parameters, seeds, device), seeds)
 
 
 def recorded_sweep(runs: list[dict], temperature: float) -> SweepResult:
