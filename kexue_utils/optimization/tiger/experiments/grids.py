@@ -1,7 +1,7 @@
 """Recorded runs on fixed grids of rates: which β is best for Tiger, what 16-bit parameters cost it, longer training.
 
 Every β, and every way of storing parameters and momentum, trains at six rates with the same seeds. The longer runs are
-at rates around half of what was best for a quarter of the steps, as a best peak falls about like 1/√steps.
+at four rates around what was best for a quarter of the steps.
 """
 
 import math
@@ -17,11 +17,11 @@ RECOMMENDED = 0.965
 BETAS = (0.0, 0.5, 0.8, 0.9, 0.945, RECOMMENDED, 0.98, 0.99)
 SMALLEST_ADVISED = 1e-3  # of the rates that the post advises
 BATCH = 16
-LONGER = {  # the largest of three rates: what was best for a quarter of the steps
-    "Tiger": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "rms", "largest": 8e-3},
-    "Tiger, β = 0.8": {"rule": "Tiger", "betas": [0.8], "lr_scale": "rms", "largest": 1.6e-2},
-    "Lion": {"rule": "Lion", "betas": [0.95, 0.98], "largest": 3.2e-4},
-    "AdamW": {"rule": "AdamW", "betas": [0.9, 0.95], "largest": 2e-3},
+LONGER = {  # the smallest of four rates; best for a quarter of the steps are 8e-3, 1.6e-2, 3.2e-4 and 2e-3
+    "Tiger": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "rms", "first": 4e-3},
+    "Tiger, β = 0.8": {"rule": "Tiger", "betas": [0.8], "lr_scale": "rms", "first": 8e-3},
+    "Lion": {"rule": "Lion", "betas": [0.95, 0.98], "first": 8e-5},
+    "AdamW": {"rule": "AdamW", "betas": [0.9, 0.95], "first": 5e-4},
 }
 STORED = {
     f"{products}{how}": {"products": products, "scale": 1024.0 if products == "float16" else 1.0} | own
@@ -113,9 +113,9 @@ def _conclude_betas(units):
 def _longer_units(smoke):
     units = {}
     for name, own in LONGER.items():
-        rates = [own["largest"] * factor for factor in (0.25, 0.5, 1.0)]
+        rates = [own["first"] * 2**k for k in range(4)]
         p = GPT | {"steps": 4 * GPT["steps"], "name": name, "rates": rates}
-        p |= {key: value for key, value in own.items() if key != "largest"}
+        p |= {key: value for key, value in own.items() if key != "first"}
         units[name] = p | (SMOKE if smoke else {})
     return units
 
