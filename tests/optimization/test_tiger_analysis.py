@@ -136,6 +136,18 @@ def test_a_constant_sign_leads_to_the_bound():
     assert tiger.constant_sign(1.0, 1.0, 0.1, 0.01, 1e9) == -100
     with pytest.raises(ValueError, match="eta"):
         tiger.constant_sign(1.0, 1.0, 0.0, 0.01, 3)
+    for sign in (3.0, torch.tensor([1.0, 0.5])):
+        with pytest.raises(ValueError, match="sign must be -1, 0 or 1"):
+            tiger.constant_sign(1.0, sign, 0.1, 0.01, 3)
+
+
+def test_functions_of_one_tensor_refuse_unknown_options():
+    theta = torch.ones(2, 3)
+    with pytest.raises(ValueError, match="lr_scale must be one of rms, row_rms, half, none, got 'row'"):
+        tiger.rate(theta, 1e-3, "row")
+    for sign_power in (-0.5, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="sign_power must be in"):
+            tiger.direction(theta, sign_power)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +182,8 @@ def test_smooth_beta(beta, k):
     smooth = tiger.smooth_beta(beta, k)
     second_order = beta + (k - 1) / (2 * k) * (1 - beta) ** 2
     assert abs(smooth**k - second_order) < (1 - beta) ** 3
-    for bad in ((1.0, 4), (0.9, 0)):
-        with pytest.raises(ValueError):
+    for bad in ((1.0, 4), (0.9, 0), (0.9, 1.5)):
+        with pytest.raises(ValueError, match="must be"):
             tiger.smooth_beta(*bad)
 
 

@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .options import require_steps
+
 
 def _require_positive(**values):
     for name, value in values.items():
@@ -19,9 +21,11 @@ def constant_sign(theta: float, sign: float, eta: float, weight_decay: float, t:
     """θ_t after t steps of one rate and one sign: θ* + (θ_0 − θ*)(1−ηλ)^t,  θ* = −s/λ   (tiger-fixed-point)
 
     theta: θ_0; sign: s = sign(m), ±1; eta: η; weight_decay: λ. The time constant is 1/(ηλ).
-    Raises ValueError unless eta and weight_decay are positive.
+    Raises ValueError unless eta and weight_decay are positive and every sign is −1, 0 or 1.
     """
     _require_positive(eta=eta, weight_decay=weight_decay)
+    if not bool(torch.as_tensor(abs(sign) * (abs(sign) - 1) == 0).all()):
+        raise ValueError(f"sign must be -1, 0 or 1, got {sign}")
     bound = -sign / weight_decay
     return bound + (theta - bound) * (1 - eta * weight_decay) ** t
 
@@ -59,10 +63,10 @@ def runaway_time(alpha: float, weight_decay: float, r: float, fraction: float) -
 def smooth_beta(beta: float, accumulation_steps: int) -> float:
     """β of an average over every micro-batch that forgets as fast as one over cycles: 1 − (1−β)/k   (tiger-smooth)
 
-    Over a cycle it is β + (k−1)/(2k)·(1−β)² + O((1−β)³). Raises ValueError for β outside [0, 1) or k < 1.
+    Over a cycle it is β + (k−1)/(2k)·(1−β)² + O((1−β)³). Raises ValueError for β outside [0, 1) or a k that is not a
+    positive integer.
     """
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be in [0, 1), got {beta}")
-    if accumulation_steps < 1:
-        raise ValueError(f"accumulation_steps must be at least 1, got {accumulation_steps}")
+    require_steps(accumulation_steps)
     return 1 - (1 - beta) / accumulation_steps

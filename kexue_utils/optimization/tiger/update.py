@@ -29,7 +29,10 @@ def rate(theta: Tensor, lr: float | Tensor, lr_scale: str = "rms", rms_floor: fl
 
     lr: α. lr_scale: ``"rms"`` (matrices), ``"row_rms"`` (embeddings), ``"half"`` (biases, gains of norms), ``"none"``.
     rms_floor: what RMS(θ) is replaced by where it is smaller; with 0 a zero parameter never moves.
+    Raises ValueError for another lr_scale.
     """
+    if lr_scale not in LR_SCALES:
+        raise ValueError(f"lr_scale must be one of {', '.join(LR_SCALES)}, got {lr_scale!r}")
     if lr_scale == "none":
         return lr
     if lr_scale == "half":
@@ -41,8 +44,10 @@ def rate(theta: Tensor, lr: float | Tensor, lr_scale: str = "rms", rms_floor: fl
 def direction(m: Tensor, sign_power: float = 0.0) -> Tensor:
     """u = sign(m)·|m|^e   (tiger-family)
 
-    sign_power: e = 1 − γ; 0 is Tiger, 1 momentum SGD. sign(0) = 0 for every e.
+    sign_power: e = 1 − γ; 0 is Tiger, 1 momentum SGD. sign(0) = 0 for every e. Raises ValueError for e outside [0, 1].
     """
+    if not 0 <= sign_power <= 1:
+        raise ValueError(f"sign_power must be in [0, 1], got {sign_power}")
     if sign_power == 0:
         return m.sign()
     return m.sign() * m.abs() ** sign_power
