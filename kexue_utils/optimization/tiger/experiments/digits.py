@@ -137,21 +137,25 @@ def _nats(loss):
     return min(math.inf if loss is None else loss, math.log(10))
 
 
-def best_horizon(rows: dict[float, dict], draws: int = 2000) -> dict:
-    """log₂ 1/(1 − β) of the lowest mean validation loss, by the parabola through three β: {mean, low, high}.
+def best_horizon(tuning: dict[float, list], draws: int = 4000) -> dict:
+    """log₂ 1/(1 − β) of the lowest mean validation loss, each β at its best rate, by the parabola through three β.
 
-    The interval is of bootstrap, seeds drawn for all β together; single runs are too noisy to have a best β each.
+    tuning: {β: losses (rates, seeds)}. Returns {mean, low, high}; the interval is of bootstrap, seeds drawn for all β
+    together and every rate chosen anew in each draw, so that the noise of that choice is in it.
     """
-    betas = sorted(rows)
-    x, losses = [-math.log2(1 - beta) for beta in betas], np.array([rows[beta]["validation"] for beta in betas])
+    betas = sorted(tuning)
+    x = [-math.log2(1 - beta) for beta in betas]
+    losses = np.array([[[_nats(loss) for loss in rate] for rate in tuning[beta]] for beta in betas])
 
-    def lowest(mean):
-        i = int(np.argmin(mean))
-        return vertex(x[i - 1 : i + 2], mean[i - 1 : i + 2]) if 0 < i < len(x) - 1 else x[i]
+    def lowest(seeds):
+        least = losses[:, :, seeds].mean(2).min(1)
+        i = int(np.argmin(least))
+        return vertex(x[i - 1 : i + 2], least[i - 1 : i + 2]) if 0 < i < len(x) - 1 else x[i]
 
-    picks = np.random.default_rng(0).integers(losses.shape[1], size=(draws, losses.shape[1]))
-    low, high = np.quantile([lowest(losses[:, pick].mean(1)) for pick in picks], [0.025, 0.975])
-    return {"mean": lowest(losses.mean(1)), "low": low, "high": high}
+    count = losses.shape[2]
+    picks = np.random.default_rng(0).integers(count, size=(draws, count))
+    low, high = np.quantile([lowest(pick) for pick in picks], [0.025, 0.975])
+    return {"mean": lowest(np.arange(count)), "low": low, "high": high}
 
 
 def _conclude(units):
@@ -169,7 +173,10 @@ def _conclude(units):
         "recommended's accuracy − best other's": paired_difference(
             rows[RECOMMENDED]["accuracies"], rows[found["best other"]]["accuracies"]
         ),
-        "log2 of the best horizon 1/(1 − β)": best_horizon(rows), "margin": MARGIN,
+        "log2 of the best horizon 1/(1 − β)": best_horizon(
+            {unit["parameters"]["betas"][0]: unit["runs"][0]["tuning"] for unit in units.values()}
+        ),
+        "margin": MARGIN,
     }  # fmt: skip
 
 

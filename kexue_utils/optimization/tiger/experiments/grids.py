@@ -17,7 +17,7 @@ RECOMMENDED = 0.965
 BETAS = (0.0, 0.5, 0.8, 0.9, 0.945, RECOMMENDED, 0.98, 0.99)
 SMALLEST_ADVISED = 1e-3  # of the rates that the post advises
 BATCH = 16
-LONGER = {  # the smallest of four rates; best for a quarter of the steps are 8e-3, 1.6e-2, 3.2e-4 and 2e-3
+LONGER = {  # the smallest of four rates; best in the records of fewer steps are 8e-3, 1.6e-2, 3.2e-4 and 2e-3
     "Tiger": {"rule": "Tiger", "betas": [RECOMMENDED], "lr_scale": "rms", "first": 4e-3},
     "Tiger, β = 0.8": {"rule": "Tiger", "betas": [0.8], "lr_scale": "rms", "first": 8e-3},
     "Lion": {"rule": "Lion", "betas": [0.95, 0.98], "first": 8e-5},
