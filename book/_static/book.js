@@ -8,7 +8,10 @@
       constructor(...factory) {
         super(...factory);
         const space = this.FACTORS.space;
-        this.FACTORS.space = (penalty, node) => space(penalty, node) - (node.getBBox().w >= 1 ? 2000 * node.getBBox().w : 0);
+        this.FACTORS.space = (penalty, node) => {
+          const { w } = node.getBBox();
+          return space(penalty, node) - (w >= 1 ? 2000 * w : 0);
+        };
       }
     };
 
@@ -58,7 +61,7 @@
       ready() {
         // Set by assistive-mml for a menu that this book does not load; MathJax would complain about it.
         delete MathJax.config.options?.menuOptions;
-        MathJax.config.chtml.linebreaks = { LinebreakVisitor: visitor() };
+        MathJax.config.chtml.linebreaks = { LinebreakVisitor: visitor(), lineleading: 0.35 };
         MathJax.startup.defaultReady();
         breakRows(MathJax.startup.output.factory.getNodeClass("mtable").prototype);
         measureInFolds(MathJax.startup.document);
