@@ -88,26 +88,28 @@ def _beta_units(smoke):
 
 
 def best_beta(rows: dict[float, dict], recommended: float) -> dict:
-    """The best β by mean validation loss and, run by run, by a parabola in log₂ 1/(1 − β); the recommended one against
+    """The best β by mean validation loss, and the recommended one against the best of the others on the test part.
 
-    the best of the others, on the test part. rows: {β: {"validation", "tests": losses run by run}}.
+    rows: {β: {"validation", "tests": losses run by run}}.
     """
     order = sorted(rows, key=lambda beta: np.mean(rows[beta]["validation"]))
     other = next(beta for beta in order if beta != recommended)
     betas = sorted(rows)
-    horizons = best_of_each(
-        [math.log2(1 / (1 - beta)) for beta in betas], [rows[beta]["validation"] for beta in betas]
-    )  # fmt: skip
     return {
         "betas": rows, "best": order[0], "best inside the grid": betas[0] < order[0] < betas[-1], "best other": other,
         "recommended at most best other": at_most({"": (rows[recommended]["tests"], rows[other]["tests"])})[""],
-        "log2 of the best horizon 1/(1 − β)": interval(horizons) if horizons else None,
     }  # fmt: skip
 
 
 def _conclude_betas(units):
     rows = {float(name.removeprefix("β = ")): _at_its_best(row) for name, row in _joined(units).items()}
-    return best_beta(rows, RECOMMENDED)
+    betas = sorted(rows)
+    horizons = best_of_each(
+        [math.log2(1 / (1 - beta)) for beta in betas], [rows[beta]["validation"] for beta in betas]
+    )  # fmt: skip
+    return best_beta(rows, RECOMMENDED) | {
+        "log2 of the best horizon 1/(1 − β)": interval(horizons) if horizons else None,
+    }
 
 
 def _longer_units(smoke):
